@@ -1,0 +1,142 @@
+"""The Celery app of a Pyramid registry, and the one seam through which every message passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import plaster
+from celery import Celery
+from pyramid.config import global_registries
+from pyramid.registry import Registry
+from pyramid.threadlocal import manager as threadlocals
+from zope.interface import implementer
+
+from ws_celery.dispatch import RecordingProducer, Transactions
+from ws_celery.exceptions import NoCurrentApplication, NotIncluded
+from ws_celery.interfaces import ICeleryApp
+from ws_celery.request import HEADER, calling_request, describe
+
+__all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_app", "load_registry")
+
+#: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
+INI_VARIABLE = "WS_CELERY_INI"
+
+
+@implementer(ICeleryApp)
+class PyramidCelery(Celery):
+    """A Celery app that belongs to one Pyramid registry and obeys its transactions.
+
+    It is never Celery's global current app: two Pyramid applications in one process keep apart.
+
+    :param registry: the owner.
+    :param settings: Celery's settings by their lower-case names, typed.
+    """
+
+    def __init__(self, registry: Registry, settings: Mapping[str, Any], **options: Any) -> None:
+        self.registry = registry
+        self.transactions = Transactions()
+        super().__init__(
+            set_as_current=False, fixups=["ws_celery.lifecycle:PyramidFixup"], **options
+        )
+        self.config_from_object(dict(settings))
+
+    def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
+        """Hand out the producer of a message: a recording one while a transaction is open.
+
+        Every way of sending asks here. An explicit ``producer`` means "now"; beat passes one.
+        """
+        if producer is None:
+            recorder = self.transactions.recorder(self, calling_request())
+            if recorder is not None:
+                return nullcontext(recorder)
+        context: AbstractContextManager[Any] = super().producer_or_acquire(producer)
+        return context
+
+    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
+        """Send a task by name, as in Celery; adds the header that describes the calling request."""
+        headers = dict(options.pop("headers", None) or {})
+        if HEADER not in headers and (description := self._describe_caller()):
+            headers[HEADER] = description
+        return super().send_task(name, *args, headers=headers, **options)
+
+    def _describe_caller(self) -> dict[str, Any] | None:
+        request = calling_request()
+        if request is not None:
+            return describe(request)
+        # A callback or the next task of a chain: its parent's run is over, its message is at hand.
+        parent = self.current_worker_task
+        inherited: dict[str, Any] | None = (
+            (parent.request.headers or {}).get(HEADER) if parent else None
+        )
+        return inherited
+
+    def _get_backend(self) -> Any:
+        backend = super()._get_backend()
+        on_task_call = backend.on_task_call
+
+        def unless_recording(producer: Any, task_id: str) -> None:
+            # It would contact the result backend at the call: a SUBSCRIBE for each task, and 19 s
+            # of waiting for a Redis that is down. AsyncResult.get() subscribes by itself.
+            if not isinstance(producer, RecordingProducer):
+                on_task_call(producer, task_id)
+
+        backend.on_task_call = unless_recording
+        return backend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A spawned child is a fresh interpreter: it loads the application again.
+        return current_celery_app, ("the worker",)
+
+
+def get_celery_app(source: Any) -> PyramidCelery:
+    """Return the Celery app of a Pyramid registry, or of the registry of a request.
+
+    :param source: a registry, or anything that has one as its attribute ``registry``.
+    :raises NotIncluded: if the application does not include ws_celery.
+    """
+    registry = getattr(source, "registry", source)
+    app: PyramidCelery | None = registry.queryUtility(ICeleryApp)
+    if app is None:
+        raise NotIncluded
+    return app
+
+
+def current_celery_app(what: str = "celery_app") -> PyramidCelery:
+    """Return the Celery app of the application that the running code belongs to.
+
+    Tried in this order: the request passed to the call, or Pyramid's current request; Pyramid's
+    current registry; the only application loaded in this process; the INI named by the environment
+    variable ``WS_CELERY_INI``, which is loaded.
+
+    :param what: what needs the app, for the error message.
+    :raises NoCurrentApplication: if none or more than one is loaded.
+    """
+    request = calling_request()
+    if request is not None:
+        return get_celery_app(request)
+    current: Registry = threadlocals.get()["registry"]
+    loaded: list[Registry] = [current] if _includes_us(current) else []
+    loaded = loaded or [registry for registry in global_registries if _includes_us(registry)]
+    if not loaded and (config_uri := os.environ.get(INI_VARIABLE)):
+        loaded = [load_registry(config_uri)]
+    if len(loaded) != 1:
+        raise NoCurrentApplication(what, len(loaded))
+    return get_celery_app(loaded[0])
+
+
+def _includes_us(registry: Registry) -> bool:
+    return registry.queryUtility(ICeleryApp) is not None
+
+
+def load_registry(config_uri: str) -> Registry:
+    """Load the Pyramid application of an INI file and return its registry.
+
+    :param config_uri: what plaster takes: a path, with ``#name`` for another application than
+        ``main``.
+    """
+    wsgi_app = plaster.get_loader(config_uri, protocols=["wsgi"]).get_wsgi_app()
+    # Middleware around the application hides its registry.
+    return getattr(wsgi_app, "registry", None) or global_registries.last

@@ -1,0 +1,125 @@
+"""Wiring: ``config.include("ws_celery")`` reads as a table of contents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import plaster
+from pyramid.config import PHASE2_CONFIG
+from pyramid.events import NewRequest
+
+from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.embedded import resolve
+from ws_celery.exceptions import ConfigurationError
+from ws_celery.interfaces import ICeleryApp
+from ws_celery.settings import celery_settings
+from ws_celery.tasks import CATEGORY, TaskProxy
+
+__all__ = ("includeme",)
+
+_REMEDY = (
+    "Set broker_url in the [celery] section of the INI file, and in [app:main] "
+    "`ws_celery.config_uri = %(__file__)s`, which tells where that section is."
+)
+
+
+def includeme(config: Any) -> None:
+    """Give the application its own Celery app, configured by the ``[celery...]`` INI sections.
+
+    Adds the directives ``add_celery_task`` and ``make_celery_app``, and ``request.celery_app``.
+    Settings are read when the configuration is committed, so that the order of includes does not
+    matter.
+    """
+    config.add_directive("add_celery_task", add_celery_task)
+    config.add_directive("make_celery_app", make_celery_app, action_wrap=False)
+    config.add_request_method(get_celery_app, "celery_app", reify=True)
+    config.add_subscriber(_watch_transactions, NewRequest)
+    # Before PHASE3, where tasks are registered: `imports` is scanned here, which adds to them.
+    config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
+
+
+def add_celery_task(
+    config: Any, target: TaskProxy | Callable[..., Any] | type, **options: Any
+) -> None:
+    """Register a task: the directive behind ``config.scan()``.
+
+    :param target: what ``@task`` left, or a function or task class, then with ``options`` as
+        ``@task`` takes them.
+    """
+    declared = target if isinstance(target, TaskProxy) else TaskProxy(target, options)
+    # `config.scan()` and `imports` usually find the same module: once is enough.
+    found = config.registry.__dict__.setdefault("_ws_celery_found", set())
+    if declared in found:
+        return
+    found.add(declared)
+    introspectable = config.introspectable(
+        "celery tasks", declared.name, repr(declared), "celery task"
+    )
+    introspectable["task"] = declared
+
+    def register() -> None:
+        declared.register(get_celery_app(config.registry))
+
+    config.action(("celery task", declared.name), register, introspectables=(introspectable,))
+
+
+def make_celery_app(config: Any) -> PyramidCelery:
+    """Commit the configuration and return the application's Celery app, without a WSGI app."""
+    config.commit()
+    return get_celery_app(config.registry)
+
+
+def _watch_transactions(event: NewRequest) -> None:
+    # The thread's manager outlives the request: tell what was begun for it from what is left over.
+    request = event.request
+    manager = getattr(request, "tm", None)
+    if manager is not None and not manager.explicit:
+        begun = "tm.active" in request.environ or "repoze.tm.active" in request.environ
+        get_celery_app(request).transactions.watch(manager, begun=begun)
+
+
+def _register_celery_app(config: Any) -> None:
+    settings = _read_settings(config.registry.settings)
+    app = PyramidCelery(config.registry, resolve(settings))
+    config.registry.registerUtility(app, ICeleryApp)
+    for module in (*app.conf.imports, *app.conf.include):
+        try:
+            config.scan(module, categories=(CATEGORY,))
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(f"[celery] imports: {error}.") from error
+
+
+def _read_settings(registry_settings: Mapping[str, Any]) -> dict[str, Any]:
+    config_uri = registry_settings.get("ws_celery.config_uri")
+    settings = {} if not config_uri else _read_file(config_uri)
+    if not _has_broker(settings):
+        where = f"{config_uri}: no" if config_uri else "No"
+        raise ConfigurationError(f"{where} broker is configured. {_REMEDY}")
+    return settings
+
+
+def _read_file(config_uri: str) -> dict[str, Any]:
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    try:
+        sections = {name: loader.get_settings(name) for name in loader.get_sections()}
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"ws_celery.config_uri = {config_uri!r}: there is no such file. "
+            "Write `ws_celery.config_uri = %(__file__)s`."
+        ) from None
+    if "celery" not in sections:
+        raise ConfigurationError(f"{config_uri}: the section [celery] is missing. {_REMEDY}")
+    return celery_settings(sections, config_uri)
+
+
+def _has_broker(settings: Mapping[str, Any]) -> bool:
+    # Celery lets these variables beat the configuration.
+    variables = ("CELERY_BROKER_URL", "CELERY_BROKER_WRITE_URL")
+    return bool(
+        settings.get("broker_url")
+        or settings.get("broker_write_url")
+        or settings.get("task_always_eager")
+        or any(os.environ.get(variable) for variable in variables)
+    )

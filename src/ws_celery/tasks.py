@@ -1,0 +1,289 @@
+"""Task classes whose functions get a request first, and the decorator that declares them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial, update_wrapper
+from typing import Any
+
+import transaction
+import venusian
+from celery import Task
+from celery.exceptions import Ignore
+from celery.local import Proxy
+from celery.utils.functional import head_from_fun
+from transaction.interfaces import NoTransaction
+
+from ws_celery.app import PyramidCelery, current_celery_app
+from ws_celery.dispatch import immediately
+from ws_celery.exceptions import TaskNotRegistered
+from ws_celery.request import HEADER, calling, split_request, task_request
+
+__all__ = ("CATEGORY", "RequestAwareTask", "TaskProxy", "TransactionalTask", "celery_app", "task")
+
+#: Venusian category of the decorator: ``imports`` scans for this one only, not for views.
+CATEGORY = "ws_celery"
+
+
+class RequestAwareTask(Task):
+    """A task whose function gets a request of its own, and no transaction.
+
+    ``f(request, ...)``; with ``bind=True`` ``f(self, request, ...)``; as a class
+    ``run(self, request, ...)``. The request is made for the run by the application's request
+    factory, so that its properties and methods are there, and URLs begin as those of the request
+    that dispatched the task. It is Pyramid's current request during the run.
+
+    Callers may pass their own request first, or as ``request=``: it says which application and
+    which transaction the call belongs to, and does not travel. Calling the task like a function
+    with a request runs it in place, in the caller's transaction.
+
+    Nothing is committed for you: whoever begins a transaction here finishes it.
+    """
+
+    abstract = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__header__" in cls.__dict__:
+            check = cls.__header__
+        elif "run" in cls.__dict__:
+            check = head_from_fun(cls.run, bound=True)
+        else:
+            return
+        # Celery checks a call's arguments against this header; the request is not among them.
+        cls.__header__ = staticmethod(partial(check, None))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in place if a request is given, else as the worker does: with a request of its own."""
+        request, args, kwargs = split_request(args, kwargs)
+        if request is not None:
+            with calling(request):
+                return super().__call__(request, *args, **kwargs)
+        context = self.request
+        if context.called_directly or getattr(context, "ws_celery_running", False):
+            raise TypeError(
+                f"{self.name}() is called like a function, without a request. Pass the request "
+                f"first to run it in place, or use .delay() to send it."
+            )
+        context.ws_celery_running = True
+        return self._run_as_task(args, kwargs)
+
+    def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What is left over in this thread's manager was not begun by this run.
+        self.app.transactions.watch(transaction.manager, begun=False)
+        with self._task_request() as request:
+            return self.run(request, *args, **kwargs)
+
+    def _task_request(self) -> Any:
+        description = (self.request.headers or {}).get(HEADER) or {}
+        return task_request(self.app.registry, description)
+
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
+    ) -> Any:
+        """Dispatch: as in Celery, deferred while the caller's transaction is open.
+
+        :return: the ``AsyncResult`` with the id that the task will have.
+        :raises TypeError: at once, if the arguments do not fit the function.
+        :raises kombu.exceptions.EncodeError: at once, if a value does not serialise.
+        """
+        request, args, kwargs = split_request(args, kwargs)
+        with calling(request):
+            return super().apply_async(args, kwargs, *starargs, **options)
+
+    def signature(
+        self, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
+    ) -> Any:
+        """Make a signature, as in Celery; a request among the arguments is left out."""
+        _, args, kwargs = split_request(args, kwargs)
+        return super().signature(args, kwargs, *starargs, **options)
+
+    def retry(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Send the task again and end this run, as in Celery.
+
+        The message leaves at once: the transaction of this run aborts, and a message deferred to it
+        would be lost with it.
+        """
+        _, plain_args, plain_kwargs = split_request(args, kwargs)
+        with immediately():
+            return super().retry(
+                args=None if args is None else plain_args,
+                kwargs=None if kwargs is None else plain_kwargs,
+                **options,
+            )
+
+
+class TransactionalTask(RequestAwareTask):
+    """A task that is one transaction: returns, and it commits; raises, and it aborts.
+
+    The transaction manager is the one pyramid_tm would use (``request.tm``), so that
+    ``request.dbsession`` works as in a view. A conflict with another transaction (what the data
+    managers call retryable: serialization failures, deadlocks) is tried again in place, with a new
+    request, up to the setting ``retry.attempts`` (3) in all.
+
+    Tasks dispatched by the function leave when it has committed. ``self.retry()`` aborts and is
+    sent; ``self.replace()`` and ``raise Ignore()`` commit; ``raise Reject()`` and a doomed
+    transaction abort. Without the outbox a task runs at least as often as it is delivered: a
+    worker that dies in the middle loses it, unless ``acks_late`` is set.
+    """
+
+    abstract = True
+
+    def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        attempts_left = int(self.app.registry.settings.get("retry.attempts", 3))
+        while True:
+            attempts_left -= 1
+            with self._task_request() as request:
+                manager = self._begin(request)
+                try:
+                    return self._run_and_commit(manager, request, args, kwargs)
+                except Ignore:
+                    raise
+                except BaseException as error:
+                    conflict = _is_conflict(manager, error)
+                    _deactivate(request)
+                    manager.abort()
+                    if not (conflict and attempts_left > 0):
+                        raise
+
+    def _begin(self, request: Any) -> Any:
+        manager = getattr(request, "tm", None)
+        if manager is None:
+            manager = transaction.manager
+        if self.app.transactions.begun(manager) is not None:
+            # Eager execution inside the caller's transaction, which is not ours to abort.
+            manager = request.tm = transaction.TransactionManager(explicit=True)
+        # As pyramid_tm marks a request, for add-ons that ask.
+        request.environ.update({"tm.active": True, "tm.manager": manager})
+        manager.begin()
+        return manager
+
+    def _run_and_commit(
+        self, manager: Any, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            result = self.run(request, *args, **kwargs)
+        except Ignore:
+            _finish(manager, request)
+            raise
+        _finish(manager, request)
+        return result
+
+
+def _finish(manager: Any, request: Any) -> None:
+    doomed = manager.isDoomed()
+    _deactivate(request)
+    if doomed:
+        manager.abort()
+    else:
+        manager.commit()
+
+
+def _deactivate(request: Any) -> None:
+    for key in ("tm.active", "tm.manager"):
+        request.environ.pop(key, None)
+
+
+def _is_conflict(manager: Any, error: BaseException) -> bool:
+    # Asked before the abort, which makes the transaction forget its data managers.
+    try:
+        return isinstance(error, Exception) and manager.get().isRetryableError(error)
+    except NoTransaction:
+        return False
+
+
+class TaskProxy:
+    """What a decorated function becomes at import: the task of whichever application is current.
+
+    Nothing is registered until an application scans the module. Each use looks the task up: in the
+    application of the request that is passed, else in the current one (see
+    :func:`ws_celery.app.current_celery_app`).
+
+    :param target: the function, or a task class with a ``run(self, request, ...)``.
+    :param options: options of the task, as :meth:`celery.Celery.task` takes them.
+    """
+
+    def __init__(self, target: Callable[..., Any], options: dict[str, Any]) -> None:
+        update_wrapper(self, target, updated=())
+        self._target = target
+        self._options = options
+
+    @property
+    def name(self) -> str:
+        """Name of the task: the option ``name``, else module and name of the function."""
+        name = self._options.get("name") or getattr(self._target, "name", None)
+        return name or f"{self._target.__module__}.{self._target.__name__}"
+
+    def register(self, app: PyramidCelery) -> Task:
+        """Make the task of ``app``, and return it."""
+        options = {**self._options, "name": self.name}
+        if not inspect.isclass(self._target):
+            options.setdefault("base", TransactionalTask)
+            return app.task(self._target, lazy=False, shared=False, **options)
+        # A class of its own for each app: Celery keeps the app on the class.
+        namespace = {**options, "__module__": self.__module__, "__doc__": self.__doc__}
+        return app.register_task(type(self._target.__name__, (self._target,), namespace)())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._of(args, kwargs)(*args, **kwargs)
+
+    def delay(self, *args: Any, **kwargs: Any) -> Any:
+        """Dispatch with these arguments; see :meth:`RequestAwareTask.apply_async`."""
+        return self._of(args, kwargs).delay(*args, **kwargs)
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Dispatch with options; see :meth:`RequestAwareTask.apply_async`."""
+        return self._of(args, kwargs).apply_async(args, kwargs, **options)
+
+    def _of(self, args: Any, kwargs: Any) -> Task:
+        request, _, _ = split_request(args, kwargs)
+        with calling(request):
+            app = current_celery_app(f"the task {self.name!r}")
+        try:
+            return app.tasks[self.name]
+        except KeyError:
+            raise TaskNotRegistered(self.name) from None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for by inspection, which must not load anything
+            raise AttributeError(name)
+        return getattr(self._of((), {}), name)
+
+    def __repr__(self) -> str:
+        return f"<task {self.name}>"
+
+
+def task(*args: Any, **options: Any) -> Any:
+    """Declare a task; nothing is registered before ``config.scan()`` or ``imports`` find it.
+
+    ``@task`` or ``@task(...)``, on a function or on a task class. Options are those of
+    :meth:`celery.Celery.task`; ``base`` is :class:`TransactionalTask` if not given.
+
+    :return: a :class:`TaskProxy`.
+    """
+    if args:
+        (target,) = args
+        return _declare(target, options)
+    return lambda target: _declare(target, options)
+
+
+def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
+    proxy = TaskProxy(target, options)
+    # The frame two above is the module that decorates: this one is called by task() or its lambda.
+    venusian.attach(proxy, _register_found, category=CATEGORY, depth=2)
+    return proxy
+
+
+def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
+    scanner.config.add_celery_task(proxy)
+
+
+class _CurrentCeleryApp(Proxy):
+    """The Celery app of the current application; its ``task`` is our decorator."""
+
+    task = staticmethod(task)
+
+
+#: The current application's Celery app: ``@celery_app.task(...)``, ``-A ws_celery.celery_app``.
+celery_app = _CurrentCeleryApp(current_celery_app)
