@@ -1,8 +1,9 @@
 """Deferred dispatch: what is published in a transaction is recorded, and leaves when it commits.
 
 The ways in are :class:`Transactions`, which tells whether a transaction that somebody will finish
-is open, and :class:`RecordingProducer`, which stands in for kombu's producer while one is. What they
-hold together is a :class:`DispatchDataManager` that has joined the transaction: aborts and savepoints are obeyed without anybody calling us.
+is open, and :class:`RecordingProducer`, which stands in for kombu's producer while one is. Between
+them a :class:`DispatchDataManager` has joined the transaction, so that aborts and savepoints are
+obeyed without anybody calling us.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def immediately() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Publication:
-    """One message, complete: the serialised body and how :meth:`kombu.Producer.publish` sends it."""
+    """One message: the serialised body, and the options of :meth:`kombu.Producer.publish`."""
 
     payload: str | bytes
     options: dict[str, Any]

@@ -55,7 +55,7 @@ class RequestAwareTask(Task):
         cls.__header__ = staticmethod(partial(check, None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run in place if a request is given, else as the worker does: with a request of its own."""
+        """Run in place if a request is given, else as the worker does, with one of its own."""
         request, args, kwargs = split_request(args, kwargs)
         if request is not None:
             with calling(request):
