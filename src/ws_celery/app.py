@@ -39,7 +39,10 @@ class PyramidCelery(Celery):
         self.registry = registry
         self.transactions = Transactions()
         super().__init__(
-            set_as_current=False, fixups=["ws_celery.lifecycle:PyramidFixup"], **options
+            registry.package_name,
+            set_as_current=False,
+            fixups=["ws_celery.lifecycle:PyramidFixup"],
+            **options,
         )
         self.config_from_object(dict(settings))
 

@@ -17,7 +17,7 @@ from ws_celery.interfaces import ICeleryApp
 from ws_celery.settings import celery_settings
 from ws_celery.tasks import CATEGORY, TaskProxy
 
-__all__ = ("includeme",)
+__all__ = ("includeme", "read_file")
 
 _REMEDY = (
     "Set broker_url in the [celery] section of the INI file, and in [app:main] "
@@ -93,14 +93,18 @@ def _register_celery_app(config: Any) -> None:
 
 def _read_settings(registry_settings: Mapping[str, Any]) -> dict[str, Any]:
     config_uri = registry_settings.get("ws_celery.config_uri")
-    settings = {} if not config_uri else _read_file(config_uri)
+    settings = {} if not config_uri else read_file(config_uri)
     if not _has_broker(settings):
         where = f"{config_uri}: no" if config_uri else "No"
         raise ConfigurationError(f"{where} broker is configured. {_REMEDY}")
     return settings
 
 
-def _read_file(config_uri: str) -> dict[str, Any]:
+def read_file(config_uri: str) -> dict[str, Any]:
+    """Return Celery's settings from the ``[celery...]`` sections of an INI file, typed.
+
+    :raises ConfigurationError: if the file or the section [celery] is missing, or a key is wrong.
+    """
     loader = plaster.get_loader(config_uri, protocols=["wsgi"])
     try:
         sections = {name: loader.get_settings(name) for name in loader.get_sections()}

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -59,9 +60,19 @@ class EmbeddedBroker:
         digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
         return Path(tempfile.gettempdir(), f"ws_celery-{os.getuid()}", digest)
 
+    @property
+    def log(self) -> Path:
+        """What the server has to say."""
+        return self.directory / "broker.log"
+
     def url(self, database: int) -> str:
         """Return the URL that kombu and Celery's result backend understand."""
         return f"redis+socket://{self.socket}?virtual_host={database}"
+
+    def is_running(self) -> bool:
+        """Tell whether a server accepts connections on the socket."""
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(self.socket)) == 0
 
     def command(self) -> list[str]:
         """Prepare the directories, and return the command that runs the server in the foreground.
@@ -84,7 +95,7 @@ class EmbeddedBroker:
             *(program, "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700"),
             # Appended at each write: what waits survives a restart of the development server.
             *("--dir", str(self.directory), "--save", "", "--appendonly", "yes"),
-            *("--daemonize", "no", "--logfile", "", "--loglevel", "warning"),
+            *("--daemonize", "no", "--logfile", str(self.log), "--loglevel", "warning"),
         ]
 
 

@@ -1,0 +1,115 @@
+"""From an INI file to its Celery app, its logging in force."""
+
+from __future__ import annotations
+
+import configparser
+import logging
+import os
+import traceback
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+from typing import Any
+
+import click
+import plaster
+from celery import signals
+from click.core import ParameterSource
+from pyramid.exceptions import ConfigurationExecutionError
+
+from ws_celery.app import INI_VARIABLE, PyramidCelery, get_celery_app, load_registry
+from ws_celery.exceptions import (
+    ConfigurationError,
+    NotIncluded,
+    TaskNotRegistered,
+    WsCeleryError,
+)
+
+__all__ = ("check_schedule", "find_ini", "load_celery_app")
+
+
+def find_ini(ini: str | None) -> str:
+    """Return the INI file to work with: the one given, else the environment's ``WS_CELERY_INI``.
+
+    :raises ConfigurationError: if there is none, or it does not exist.
+    """
+    config_uri = ini or os.environ.get(INI_VARIABLE)
+    if not config_uri:
+        raise ConfigurationError(
+            f"No INI file. Give it with --ini FILE, or by the environment variable {INI_VARIABLE}."
+        )
+    if not Path(plaster.parse_uri(config_uri).path).is_file():
+        raise ConfigurationError(f"{config_uri}: there is no such file. Give its path with --ini.")
+    # Absolute, because children may be started in another directory.
+    return config_uri if "://" in config_uri else str(Path(config_uri).absolute())
+
+
+def load_celery_app(config_uri: str) -> PyramidCelery:
+    """Load the application of an INI file, with the INI's logging, and return its Celery app.
+
+    :raises WsCeleryError: whatever is wrong with the configuration, in one sentence.
+    """
+    try:
+        _set_up_logging(plaster.get_loader(config_uri, protocols=["wsgi"]))
+        app = get_celery_app(load_registry(config_uri))
+    except NotIncluded:
+        raise NotIncluded(f"The application in {config_uri}") from None
+    except ConfigurationExecutionError as error:
+        if isinstance(error.evalue, WsCeleryError):
+            raise error.evalue from None
+        raise
+    except configparser.Error as error:
+        raise ConfigurationError(f"{config_uri}: {error}") from error
+    except LookupError as error:
+        if not _raised_by_paste(error):
+            raise
+        raise ConfigurationError(
+            f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
+        ) from error
+    app.set_default()
+    return app
+
+
+def check_schedule(app: PyramidCelery) -> None:
+    """Make sure that every entry of the schedule names a task that is registered.
+
+    :raises TaskNotRegistered: for the first one that does not.
+    """
+    for name, entry in app.conf.beat_schedule.items():
+        if entry["task"] not in app.tasks:
+            raise TaskNotRegistered(entry["task"], f"[celerybeat:{name}]")
+
+
+def _raised_by_paste(error: BaseException) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("paste.deploy")
+
+
+def _set_up_logging(loader: Any) -> None:
+    if "loggers" not in loader.get_sections():
+        return  # Celery's own logging, with its options
+
+    def keep(loglevel: int, logfile: str | None, **_: Any) -> None:
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            given = context.get_parameter_source
+            if given("loglevel") is ParameterSource.COMMANDLINE:
+                _set_level(loglevel)
+            if given("logfile") is ParameterSource.COMMANDLINE and logfile:
+                _set_file(logfile)
+
+    loader.setup_logging()
+    # Celery configures logging only where nobody is connected.
+    signals.setup_logging.connect(keep, weak=False)
+
+
+def _set_level(loglevel: int) -> None:
+    for name in (None, "celery", "ws_celery"):
+        logging.getLogger(name).setLevel(loglevel)
+
+
+def _set_file(logfile: str) -> None:
+    root = logging.getLogger()
+    handler = WatchedFileHandler(logfile, encoding="utf-8")
+    if root.handlers:
+        handler.setFormatter(root.handlers[0].formatter)
+    root.handlers[:] = [handler]

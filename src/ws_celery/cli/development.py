@@ -1,0 +1,154 @@
+"""``ws-celery dev`` and ``ws-celery demo``: everything an application needs, as one command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+import hupper
+import plaster
+
+from ws_celery.app import INI_VARIABLE, load_registry
+from ws_celery.cli.application import find_ini
+from ws_celery.cli.child import die_with_parent
+from ws_celery.cli.processes import Processes, Program
+from ws_celery.config import read_file
+from ws_celery.embedded import SCHEME, EmbeddedBroker
+from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
+
+__all__ = ("demo", "dev")
+
+#: Seconds that a reload waits for running tasks before it kills.
+_RELOAD_PATIENCE = 60.0
+
+_DEMO_INI = Path(__file__).parent.parent / "demo" / "demo.ini"
+_DEMO_LISTEN = "listen = 127.0.0.1:6543"
+
+
+@click.command
+@click.option("--reload", is_flag=True, help="Restart everything when code or the INI changes.")
+def dev(reload: bool) -> None:
+    """Run web server, worker and beat, and the embedded broker if it is configured.
+
+    Their output comes together on this terminal. Ctrl-C stops them in order and lets running
+    tasks finish; a second one kills.
+    """
+    config_uri = find_ini(None)
+    if reload:
+        if not hupper.is_active():
+            hupper.start_reloader(f"{__name__}.reloaded", shutdown_interval=_RELOAD_PATIENCE)
+        _watch_code(config_uri)
+    sys.exit(_run(config_uri))
+
+
+@click.command
+@click.option("--port", type=click.IntRange(1, 65535), default=6543, show_default=True)
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the demonstration's data in this directory. [default: a temporary one]",
+)
+def demo(port: int, data: Path | None) -> None:
+    """Run the demonstration application with a worker, beat and an embedded broker."""
+    missing = [name for name in ("sqlalchemy", "waitress", "redis") if not find_spec(name)]
+    if missing:
+        raise ConfigurationError(
+            f"The demo needs {', '.join(missing)}: pip install 'ws-celery[demo]'."
+        )
+    with _directory(data) as directory:
+        ini = directory / _DEMO_INI.name
+        text = _DEMO_INI.read_text(encoding="utf-8")
+        ini.write_text(text.replace(_DEMO_LISTEN, f"listen = 127.0.0.1:{port}"), encoding="utf-8")
+        os.environ[INI_VARIABLE] = str(ini)
+        code = _run(str(ini))
+    sys.exit(code)
+
+
+def reloaded() -> None:
+    """Run ``ws-celery`` again, with the arguments of the process that watches it."""
+    from ws_celery.cli import main
+
+    # The watching process may be killed; nothing may go on without it.
+    die_with_parent(signal.SIGTERM)
+    main()
+
+
+def _run(config_uri: str) -> int:
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    host, port = _address(loader.get_settings("server:main"))
+    if _accepts(host, port):
+        raise ConfigurationError(
+            f"Port {port} of {host} is in use. Stop what listens there, or choose another port."
+        )
+    ours = (sys.executable, "-m", "ws_celery")
+    programs = [
+        Program("worker", (*ours, "worker", "--ini", config_uri, "--without-mingle")),
+        Program("beat", (*ours, "beat", "--ini", config_uri)),
+        Program(
+            "web",
+            (sys.executable, "-m", "pyramid.scripts.pserve", config_uri),
+            ready=lambda: _accepts(host, port),
+            stop_signal=signal.SIGINT,  # what pserve takes for a wish to finish
+        ),
+    ]
+    if (broker := _embedded_broker(config_uri)) is not None:
+        hint = f"See {broker.log}."
+        programs.insert(0, Program("broker", broker.command(), broker.is_running, hint=hint))
+    url = f"http://{host}:{port}/"
+    return Processes(
+        programs, lambda: click.secho(f"Open {url} - Ctrl-C stops everything.", bold=True)
+    ).run()
+
+
+def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
+    url = os.environ.get("CELERY_BROKER_URL") or read_file(config_uri).get("broker_url")
+    if not isinstance(url, str) or not url.startswith(SCHEME):
+        return None
+    broker = EmbeddedBroker.from_url(url)
+    if broker.is_running():
+        raise BrokerUnavailable(
+            f"The embedded broker in {broker.directory} is running already. "
+            "Stop the other `ws-celery dev`, or give this one another directory."
+        )
+    return broker
+
+
+def _address(settings: dict[str, str]) -> tuple[str, int]:
+    if "listen" in settings:
+        host, _, port = settings["listen"].split()[0].rpartition(":")
+    else:
+        host, port = settings.get("host", ""), settings.get("port", "8080")
+    wildcard = host in ("", "*", "0.0.0.0", "[::]")  # noqa: S104 - recognised, not bound
+    return "127.0.0.1" if wildcard else host.strip("[]"), int(port)
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _watch_code(config_uri: str) -> None:
+    hupper.get_reloader().watch_files([plaster.parse_uri(config_uri).path])
+    # Imports the application, so that its modules are watched too.
+    load_registry(config_uri)
+
+
+@contextmanager
+def _directory(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="ws-celery-demo-") as name:
+        yield Path(name)
