@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import plaster
+import transaction
 from pyramid.config import PHASE2_CONFIG
 from pyramid.events import NewRequest
 
@@ -73,16 +74,15 @@ def make_celery_app(config: Any) -> PyramidCelery:
 
 def _watch_transactions(event: NewRequest) -> None:
     # The thread's manager outlives the request: tell what was begun for it from what is left over.
-    request = event.request
-    manager = getattr(request, "tm", None)
-    if manager is not None and not manager.explicit:
-        begun = "tm.active" in request.environ or "repoze.tm.active" in request.environ
-        get_celery_app(request).transactions.watch(manager, begun=begun)
+    environ = event.request.environ
+    begun = environ.get("tm.manager") is transaction.manager or "repoze.tm.active" in environ
+    get_celery_app(event.request).transactions.watch(transaction.manager, begun=begun)
 
 
 def _register_celery_app(config: Any) -> None:
     settings = _read_settings(config.registry.settings)
     app = PyramidCelery(config.registry, resolve(settings))
+    app.transactions.watch(transaction.manager, begun=False)
     config.registry.registerUtility(app, ICeleryApp)
     for module in (*app.conf.imports, *app.conf.include):
         try:

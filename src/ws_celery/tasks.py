@@ -18,11 +18,18 @@ from transaction.interfaces import NoTransaction
 from ws_celery.app import PyramidCelery, current_celery_app
 from ws_celery.dispatch import immediately
 from ws_celery.exceptions import TaskNotRegistered
-from ws_celery.request import HEADER, calling, split_request, task_request
+from ws_celery.request import (
+    HEADER,
+    calling,
+    calling_request,
+    describe,
+    split_request,
+    task_request,
+)
 
 __all__ = ("CATEGORY", "RequestAwareTask", "TaskProxy", "TransactionalTask", "celery_app", "task")
 
-#: Venusian category of the decorator: ``imports`` scans for this one only, not for views.
+#: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
 
 
@@ -70,14 +77,23 @@ class RequestAwareTask(Task):
         return self._run_as_task(args, kwargs)
 
     def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # What is left over in this thread's manager was not begun by this run.
-        self.app.transactions.watch(transaction.manager, begun=False)
+        self._abandon_leftovers()
         with self._task_request() as request:
             return self.run(request, *args, **kwargs)
 
+    def _abandon_leftovers(self) -> None:
+        """Abort what an earlier run in this thread has begun and not finished."""
+        transactions = self.app.transactions
+        transactions.watch(transaction.manager, begun=False)
+        if not self.request.is_eager and transactions.begun(transaction.manager) is not None:
+            transaction.abort()
+
     def _task_request(self) -> Any:
-        description = (self.request.headers or {}).get(HEADER) or {}
-        return task_request(self.app.registry, description)
+        description = (self.request.headers or {}).get(HEADER)
+        caller = calling_request()
+        if description is None and self.request.is_eager and caller is not None:
+            description = describe(caller)
+        return task_request(self.app.registry, description or {})
 
     def apply_async(
         self, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
@@ -131,6 +147,7 @@ class TransactionalTask(RequestAwareTask):
     abstract = True
 
     def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._abandon_leftovers()
         attempts_left = int(self.app.registry.settings.get("retry.attempts", 3))
         while True:
             attempts_left -= 1
@@ -270,8 +287,9 @@ def task(*args: Any, **options: Any) -> Any:
 
 def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
     proxy = TaskProxy(target, options)
-    # The frame two above is the module that decorates: this one is called by task() or its lambda.
-    venusian.attach(proxy, _register_found, category=CATEGORY, depth=2)
+    for category in ("pyramid", CATEGORY):  # config.scan() looks for the first
+        # Two frames above is the module that decorates: task() or its lambda is between.
+        venusian.attach(proxy, _register_found, category=category, depth=2)
     return proxy
 
 

@@ -24,7 +24,10 @@ from ws_celery.exceptions import (
     WsCeleryError,
 )
 
-__all__ = ("check_schedule", "find_ini", "load_celery_app")
+__all__ = ("READY_VARIABLE", "check_schedule", "find_ini", "load_celery_app")
+
+#: Environment variable that names a file which the worker makes when it takes tasks.
+READY_VARIABLE = "WS_CELERY_READY_FILE"
 
 
 def find_ini(ini: str | None) -> str:
@@ -66,6 +69,8 @@ def load_celery_app(config_uri: str) -> PyramidCelery:
             f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
         ) from error
     app.set_default()
+    if ready_file := os.environ.get(READY_VARIABLE):
+        signals.worker_ready.connect(lambda **_: Path(ready_file).touch(), weak=False)
     return app
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 import hupper
 import plaster
 
 from ws_celery.app import INI_VARIABLE, load_registry
-from ws_celery.cli.application import find_ini
+from ws_celery.cli.application import READY_VARIABLE, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
 from ws_celery.config import read_file
@@ -88,24 +89,35 @@ def _run(config_uri: str) -> int:
         raise ConfigurationError(
             f"Port {port} of {host} is in use. Stop what listens there, or choose another port."
         )
-    ours = (sys.executable, "-m", "ws_celery")
-    programs = [
-        Program("worker", (*ours, "worker", "--ini", config_uri, "--without-mingle")),
-        Program("beat", (*ours, "beat", "--ini", config_uri)),
-        Program(
-            "web",
-            (sys.executable, "-m", "pyramid.scripts.pserve", config_uri),
-            ready=lambda: _accepts(host, port),
-            stop_signal=signal.SIGINT,  # what pserve takes for a wish to finish
-        ),
-    ]
-    if (broker := _embedded_broker(config_uri)) is not None:
+    message = f"Open http://{host}:{port}/ - Ctrl-C stops everything."
+    with tempfile.TemporaryDirectory(prefix="ws-celery-dev-") as directory:
+        worker_ready = Path(directory, "worker-ready")
+        os.environ[READY_VARIABLE] = str(worker_ready)
+        programs = [
+            *_broker_program(config_uri),
+            # What is wrong with the configuration is said once, by the worker, which comes first.
+            _program("worker", config_uri, "--without-mingle", ready=worker_ready.exists),
+            _program("beat", config_uri),
+            Program(
+                "web",
+                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri),
+                ready=lambda: _accepts(host, port),
+                stop_signal=signal.SIGINT,  # what pserve takes for a wish to finish
+            ),
+        ]
+        return Processes(programs, lambda: click.secho(message, bold=True)).run()
+
+
+def _program(command: str, config_uri: str, *options: str, **attributes: Any) -> Program:
+    arguments = ("-m", "ws_celery", command, "--ini", config_uri, *options)
+    return Program(command, (sys.executable, *arguments), **attributes)
+
+
+def _broker_program(config_uri: str) -> Iterator[Program]:
+    broker = _embedded_broker(config_uri)
+    if broker is not None:
         hint = f"See {broker.log}."
-        programs.insert(0, Program("broker", broker.command(), broker.is_running, hint=hint))
-    url = f"http://{host}:{port}/"
-    return Processes(
-        programs, lambda: click.secho(f"Open {url} - Ctrl-C stops everything.", bold=True)
-    ).run()
+        yield Program("broker", broker.command(), broker.is_running, hint=hint)
 
 
 def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:

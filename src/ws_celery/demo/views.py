@@ -1,0 +1,294 @@
+"""The views. Each answers as a page and, to ``Accept: application/json``, as JSON."""
+
+# Pyramid's decorators have no types.
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from typing import Any, NoReturn
+
+from celery.states import READY_STATES
+from pyramid.httpexceptions import (
+    HTTPBadRequest,
+    HTTPClientError,
+    HTTPNotFound,
+    HTTPSeeOther,
+    HTTPServiceUnavailable,
+)
+from pyramid.view import exception_view_config, view_config
+from sqlalchemy import func, select
+
+from ws_celery.demo.models import Base, FailedOrder, Order, Receipt, Report, TaskRun, now
+from ws_celery.demo.pages import Page
+from ws_celery.demo.tasks import tick, write_receipt, write_report
+
+#: Rows of each kind on the front page.
+SHOWN = 20
+
+JSON: dict[str, Any] = {"accept": "application/json", "renderer": "json"}
+HTML: dict[str, Any] = {"accept": "text/html", "renderer": "page"}
+
+
+class OrderFailed(Exception):
+    """Something went wrong after the task had been called, as it may in any view."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(task_id)
+        self.task_id = task_id
+
+
+class NotThere(HTTPNotFound):
+    """The address is right, but what it names does not exist."""
+
+
+@view_config(route_name="home", accept="text/html", renderer="home")
+def home_page(_request: Any) -> dict[str, Any]:
+    """Show the front page; its script asks for :func:`home` every second."""
+    return {}
+
+
+@view_config(route_name="home", **JSON)
+def home(request: Any) -> dict[str, Any]:
+    """Return what happened lately, newest first."""
+    runs = select(TaskRun)
+    return {
+        "web_pid": os.getpid(),
+        "time": now(),
+        "orders": _newest(request, select(Order)),
+        "failed_orders": [
+            {**failed.__json__(request), "runs": _count_runs(request, failed.task_id)}
+            for failed in _newest(request, select(FailedOrder))
+        ],
+        "reports": _newest(request, select(Report)),
+        "tasks_run": _newest(request, runs.where(TaskRun.task != tick.name)),
+        "ticks": _newest(request, runs.where(TaskRun.task == tick.name)),
+    }
+
+
+def _newest(request: Any, query: Any) -> list[Any]:
+    table = query.column_descriptions[0]["entity"]
+    found = request.dbsession.scalars(query.order_by(table.id.desc()).limit(SHOWN))
+    return list(found)
+
+
+def _count_runs(request: Any, task_id: str) -> int:
+    query = select(func.count()).where(TaskRun.task_id == task_id)
+    count: int = request.dbsession.scalar(query)
+    return count
+
+
+@view_config(route_name="orders", request_method="POST")
+def place_order(request: Any) -> Any:
+    """Store an order and call the task that writes its receipt; with ``fail``, fail after that."""
+    email, item, fail = _read_order(request)
+    order = Order(email=email, item=item)
+    request.dbsession.add(order)
+    request.dbsession.flush()
+    # The message leaves when this request's transaction commits; the id is known now.
+    order.task_id = write_receipt.delay(order.id).id
+    if fail:
+        _fail(request, order)
+    return HTTPSeeOther(request.route_path("order", id=order.id))
+
+
+def _fail(request: Any, order: Order) -> NoReturn:
+    failed = FailedOrder(email=order.email, item=order.item, task_id=order.task_id)
+
+    def remember(request: Any) -> None:
+        # The order's transaction has aborted by now; this is another one.
+        with request.tm:
+            request.dbsession.add(failed)
+
+    request.add_finished_callback(remember)
+    raise OrderFailed(failed.task_id)
+
+
+def _read_order(request: Any) -> tuple[str, str, bool]:
+    try:
+        fields = request.json_body if "json" in request.content_type else request.POST
+        email, item, fail = (fields.get(name, "") for name in ("email", "item", "fail"))
+    except (ValueError, AttributeError, LookupError, RecursionError):
+        raise HTTPBadRequest(
+            "Send a form or a JSON object with the fields email and item."
+        ) from None
+    email = _text("e-mail address", email, longest=254)
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
+        raise HTTPBadRequest("This is not an e-mail address: it has to look like ada@example.com.")
+    return email, _text("item", item, longest=100), str(fail).lower() in ("1", "true")
+
+
+def _text(name: str, value: object, longest: int) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise HTTPBadRequest(f"The {name} is missing: write it as text.")
+    text = value.strip()
+    if len(text) > longest:
+        raise HTTPBadRequest(f"The {name} is too long: {longest} characters are the most.")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise HTTPBadRequest(f"The {name} has characters that cannot be shown, such as a new line.")
+    return text
+
+
+@view_config(route_name="order", **JSON)
+def order(request: Any) -> Order:
+    """Return one order."""
+    return _find(request, Order, "order")
+
+
+@view_config(route_name="order", **HTML)
+def order_page(request: Any) -> Page:
+    """Show one order, and ask again until its receipt is there."""
+    order = _find(request, Order, "order")
+    facts = {
+        "Item": order.item,
+        "For": order.email,
+        "Stored by": f"web process {order.pid}",
+        "Task": order.task_id,
+    }
+    title = f"Order {order.id}"
+    if order.receipt is None:
+        text = "The order is stored, the task was sent when it committed. A worker takes it now."
+        return Page(title, text, facts, changing=True)
+    facts["Receipt by"] = f"worker process {order.receipt.pid}"
+    text = "A worker has written the receipt; the link was made in the task."
+    return Page(title, text, facts, {"Open the receipt": order.receipt.url})
+
+
+@view_config(route_name="receipt", **JSON)
+def receipt(request: Any) -> Receipt:
+    """Return the receipt of an order."""
+    return _find_receipt(request)
+
+
+@view_config(route_name="receipt", **HTML)
+def receipt_page(request: Any) -> Page:
+    """Show the receipt of an order."""
+    receipt = _find_receipt(request)
+    facts = {
+        "Received": receipt.order.item,
+        "From": receipt.order.email,
+        "On": f"{receipt.time:%Y-%m-%d at %H:%M:%S} UTC",
+        "Written by": f"worker process {receipt.pid}",
+        "Link": receipt.url,
+    }
+    order = request.route_path("order", id=receipt.order_id)
+    return Page(
+        f"Receipt {receipt.id}",
+        "You followed a link that request.route_url made inside a task, in another process.",
+        facts,
+        {f"Order {receipt.order_id}": order},
+    )
+
+
+def _find_receipt(request: Any) -> Receipt:
+    order = _find(request, Order, "order")
+    if order.receipt is None:
+        raise NotThere(f"Order {order.id} has no receipt yet: a worker writes it.")
+    return order.receipt
+
+
+@view_config(route_name="reports", request_method="POST")
+def ask_for_report(request: Any) -> Any:
+    """Call the task that writes a report."""
+    report = Report(task_id=write_report.delay().id)
+    request.dbsession.add(report)
+    request.dbsession.flush()
+    return HTTPSeeOther(request.route_path("report", id=report.id))
+
+
+@view_config(route_name="report", **JSON)
+def report(request: Any) -> dict[str, Any]:
+    """Return a report's progress, from Celery's result backend."""
+    report = _find(request, Report, "report")
+    return {**report.__json__(request), **_progress(request, report)}
+
+
+@view_config(route_name="report", **HTML)
+def report_page(request: Any) -> Page:
+    """Show a report's progress, and ask again until it is ready."""
+    report = _find(request, Report, "report")
+    progress = _progress(request, report)
+    facts = {
+        "State": progress["state"],
+        "Asked for by": f"web process {report.pid}",
+        "Written by": f"worker process {progress['pid']}" if progress["pid"] else "nobody yet",
+        "Task": report.task_id,
+    }
+    return Page(
+        f"Report {report.id}",
+        "The task tells its progress with update_state(); this page reads the result backend.",
+        facts,
+        percent=progress["percent"],
+        changing=progress["state"] not in READY_STATES,
+    )
+
+
+def _progress(request: Any, report: Report) -> dict[str, Any]:
+    result = request.celery_app.AsyncResult(report.task_id)
+    try:
+        state, info = result.state, result.info
+    except getattr(result.backend, "connection_errors", OSError):
+        raise HTTPServiceUnavailable("The result backend does not answer.") from None
+    known = info if isinstance(info, dict) else {}
+    return {"state": state, "percent": known.get("percent", 0), "pid": known.get("pid")}
+
+
+def _find(request: Any, table: type[Base], what: str) -> Any:
+    found = request.dbsession.get(table, int(request.matchdict["id"]))
+    if found is None:
+        raise NotThere(f"There is no {what} {request.matchdict['id']}.")
+    return found
+
+
+@view_config(route_name="orders", request_method="GET")
+@view_config(route_name="reports", request_method="GET")
+def lists(request: Any) -> Any:
+    """Go to the front page, where the lists are."""
+    return HTTPSeeOther(request.route_path("home"))
+
+
+@exception_view_config(OrderFailed, **JSON)
+def order_failed(error: OrderFailed, request: Any) -> dict[str, Any]:
+    """Answer the request that failed."""
+    request.response.status_int = 500
+    return {
+        "error": "The request failed after delay(): the order is rolled back, its task never sent.",
+        "task_id": error.task_id,
+    }
+
+
+@exception_view_config(OrderFailed, **HTML)
+def order_failed_page(error: OrderFailed, request: Any) -> Page:
+    """Show that the request failed, and what that means for its task."""
+    request.response.status_int = 500
+    return Page(
+        "This request failed",
+        "It had stored an order and called delay(). Then the view raised: the order is rolled "
+        "back, and its task was never sent.",
+        {"Web process": os.getpid(), "Task that never was": error.task_id},
+    )
+
+
+@exception_view_config(HTTPClientError, **JSON)
+@exception_view_config(HTTPServiceUnavailable, **JSON)
+def refused(error: Any, request: Any) -> dict[str, Any]:
+    """Say what is wrong with a request."""
+    request.response.status_int = error.code
+    return {"error": _sentence(error)}
+
+
+@exception_view_config(HTTPClientError, **HTML)
+@exception_view_config(HTTPServiceUnavailable, **HTML)
+def refused_page(error: Any, request: Any) -> Page:
+    """Show what is wrong with a request."""
+    request.response.status_int = error.code
+    return Page(error.title, _sentence(error))
+
+
+def _sentence(error: Any) -> str:
+    # Where there is no view, Pyramid's own words are for developers.
+    if isinstance(error, HTTPNotFound) and not isinstance(error, NotThere):
+        return "There is no page at this address."
+    return str(error.detail)

@@ -1,0 +1,230 @@
+"""Real programs in real processes: sites to run, and processes that are awaited and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+APPS = Path(__file__).parent / "apps"
+WS_CELERY = (sys.executable, "-m", "ws_celery")
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+    """Return what ``condition`` returns as soon as it is true."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not happen within {timeout} s")
+        time.sleep(0.02)
+    return result
+
+
+@dataclass
+class Running:
+    """A program that a test has started, and all that it prints."""
+
+    process: subprocess.Popen[str]
+    site: Any = None
+    output: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with self.process.stdout as lines:
+            self.output.extend(lines)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.output)
+
+    def says(self, text: str, timeout: float = 30.0) -> None:
+        """Wait until it has printed ``text``; fail if it ends without."""
+
+        def said() -> bool:
+            if self.process.poll() is not None and text not in self.text:
+                pytest.fail(f"it ended without saying {text!r}:\n{self.text}")
+            return text in self.text
+
+        wait_for(said, f"the output {text!r}", timeout)
+
+    def family(self) -> list[psutil.Process]:
+        """Return the process and everything below it."""
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
+
+    def interrupt(self) -> None:
+        """Do as Ctrl-C in its terminal does: SIGINT to the whole foreground process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def ends(self, timeout: float = 30.0) -> int:
+        return self.process.wait(timeout)
+
+
+@dataclass
+class Site:
+    """An application with its INI file, and HTTP requests against it."""
+
+    ini: Path
+    port: int = 0
+
+    def http(self, method: str, path: str, **form: str) -> tuple[int, Any]:
+        """Return status and JSON of a request, redirects followed."""
+        data = urllib.parse.urlencode(form).encode() or None
+        url = urllib.parse.urljoin(f"http://127.0.0.1:{self.port}/", path)
+        request = urllib.request.Request(  # noqa: S310 - our own server
+            url, data, {"Accept": "application/json"}, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                status, body = error.code, error.read().decode(errors="replace")
+        try:
+            return status, json.loads(body)
+        except ValueError:
+            return status, body
+
+    def get(self, path: str) -> Any:
+        return self.http("GET", path)[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def site_at() -> Callable[[int], Site]:
+    """A site that runs already, on this port."""
+    return lambda port: Site(Path(), port)
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, free_port: int) -> Callable[..., Site]:
+    """Write the INI file of the application ``myapp``."""
+
+    def make(database: str, broker: str) -> Site:
+        text = (APPS / "myapp.ini").read_text()
+        ini = tmp_path / "development.ini"
+        queue = f"test-{uuid.uuid4()}"  # services are shared
+        ini.write_text(text.format(database=database, broker=broker, port=free_port, queue=queue))
+        return Site(ini, free_port)
+
+    return make
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    """Start ``ws-celery`` with arguments, in a process group of its own; stopped at the end."""
+    started: list[Running] = []
+
+    def run(*arguments: str, program: tuple[str, ...] = WS_CELERY, **env: str) -> Running:
+        process = subprocess.Popen(
+            [*program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=environment(**env),
+        )
+        started.append(Running(process))
+        return started[-1]
+
+    yield run
+    for running in reversed(started):
+        stop(running)
+
+
+@pytest.fixture
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``ws-celery`` with arguments to its end."""
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*WS_CELERY, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env=environment(**env),
+        )
+
+    return run
+
+
+def environment(**changes: str) -> dict[str, str]:
+    ours = ("CELERY_", "WS_CELERY_")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return {**inherited, "PYTHONPATH": str(APPS), "PYTHONUNBUFFERED": "1", **changes}
+
+
+def stop(running: Running) -> None:
+    if running.process.poll() is not None:
+        return
+    family = running.family()
+    running.process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        running.process.wait(20)
+    for process in family:
+        if process.is_running():
+            process.kill()
+    running.process.wait()
+
+
+@pytest.fixture(name="wait_for")
+def wait_for_fixture() -> Callable[..., Any]:
+    """Wait until a condition is true."""
+    return wait_for
+
+
+@pytest.fixture
+def embedded_url(tmp_path: Path) -> Iterator[str]:
+    """URL of an embedded broker that runs."""
+    from ws_celery.embedded import SCHEME, EmbeddedBroker
+
+    broker = EmbeddedBroker(tmp_path / "broker")
+    process = subprocess.Popen(broker.command())
+    try:
+        wait_for(broker.is_running, "the start of the broker")
+        yield f"{SCHEME}{broker.directory}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def celery_app_of() -> Callable[[Site], Any]:
+    """The Celery app of a site, loaded into this process without its application."""
+    from pyramid.registry import Registry
+
+    from ws_celery.app import PyramidCelery
+    from ws_celery.config import read_file
+    from ws_celery.embedded import resolve
+
+    @contextmanager
+    def load(site: Site) -> Iterator[Any]:
+        with PyramidCelery(Registry(), resolve(read_file(str(site.ini)))) as app:
+            yield app
+
+    return load

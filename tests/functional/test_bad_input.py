@@ -1,0 +1,104 @@
+"""What is wrong ends with one sentence that names the remedy, exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+
+@pytest.fixture
+def ini(make_site, sqlite_url):
+    """An INI file that is right; each test breaks one thing."""
+    return make_site(sqlite_url, "redis://127.0.0.1:1/0").ini
+
+
+def check_refused(result, *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    for word in words:
+        assert word in line
+
+
+def replace(ini, old: str, new: str) -> None:
+    text, count = re.subn(old, new, ini.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    ini.write_text(text)
+
+
+def test_no_broker_is_configured(ini, run):
+    replace(ini, "^broker_url = .*$", "")
+
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "broker_url", "[celery]")
+
+
+def test_the_ini_file_is_missing(run, tmp_path):
+    missing = str(tmp_path / "missing.ini")
+
+    check_refused(run("worker", "--ini", missing), missing, "no such file", "--ini")
+
+
+def test_no_ini_file_is_given(run):
+    check_refused(run("worker"), "--ini FILE", "WS_CELERY_INI")
+
+
+def test_the_celery_section_is_missing(ini, run):
+    replace(ini, r"^\[celery\]$", "[cellery]")
+
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "[celery]", "missing")
+
+
+def test_the_application_section_is_missing(ini, run):
+    replace(ini, r"^\[app:main\]$", "[app:other]")
+
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "[app:main]")
+
+
+def test_the_application_does_not_include_ws_celery(ini, run):
+    replace(ini, "pyramid_tm ws_celery", "pyramid_tm")
+
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "pyramid.includes = ws_celery")
+
+
+def test_a_schedule_names_a_task_that_is_not_registered(ini, run):
+    replace(ini, "^task = backup$", "task = backpu")
+
+    check_refused(
+        run("beat", "--ini", str(ini)), "[celerybeat:backup]", "'backpu'", "config.scan()"
+    )
+
+
+def test_a_key_is_misspelt(ini, run):
+    replace(ini, "^worker_concurrency", "worker_concurency")
+
+    check_refused(run("worker", "--ini", str(ini)), "worker_concurency", "worker_concurrency?")
+
+
+def test_a_value_has_the_wrong_type(ini, run):
+    replace(ini, "^worker_concurrency = 2", "worker_concurrency = many")
+
+    check_refused(
+        run("worker", "--ini", str(ini)), "[celery] worker_concurrency", "'many'", "whole number"
+    )
+
+
+def test_another_celery_app_is_asked_for(ini, run):
+    result = run("worker", "-A", "myapp.celery", "--ini", str(ini))
+
+    check_refused(result, "-A myapp.celery", "ws_celery.celery_app")
+
+
+def test_the_port_of_the_demo_is_in_use(run, free_port):
+    import socket
+
+    with socket.create_server(("127.0.0.1", free_port)):
+        check_refused(run("demo", "--port", str(free_port)), str(free_port), "in use", "--port")
+
+
+def test_help_needs_no_ini(run):
+    for command in ((), ("worker",), ("beat",), ("dev",), ("demo",)):
+        result = run(*command, "--help")
+        assert result.returncode == 0, result.stderr
+        assert "Usage: ws-celery" in result.stdout
