@@ -107,7 +107,9 @@ def read_file(config_uri: str) -> dict[str, Any]:
     """
     loader = plaster.get_loader(config_uri, protocols=["wsgi"])
     try:
-        sections = {name: loader.get_settings(name) for name in loader.get_sections()}
+        # Ours only: the formats of logging sections are not to be interpolated.
+        names = [name for name in loader.get_sections() if name.startswith("celery")]
+        sections = {name: loader.get_settings(name) for name in names}
     except FileNotFoundError:
         raise ConfigurationError(
             f"ws_celery.config_uri = {config_uri!r}: there is no such file. "
