@@ -8,7 +8,7 @@ from typing import Any
 
 import plaster
 import transaction
-from pyramid.config import PHASE2_CONFIG
+from pyramid.config import PHASE2_CONFIG, global_registries
 from pyramid.events import NewRequest
 
 from ws_celery.app import PyramidCelery, get_celery_app
@@ -69,6 +69,8 @@ def add_celery_task(
 def make_celery_app(config: Any) -> PyramidCelery:
     """Commit the configuration and return the application's Celery app, without a WSGI app."""
     config.commit()
+    # As make_wsgi_app() does: so the tasks find the only application of a process.
+    global_registries.add(config.registry)
     return get_celery_app(config.registry)
 
 

@@ -121,8 +121,9 @@ def _broker_program(config_uri: str) -> Iterator[Program]:
 
 
 def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
-    url = os.environ.get("CELERY_BROKER_URL") or read_file(config_uri).get("broker_url")
-    if not isinstance(url, str) or not url.startswith(SCHEME):
+    url = str(read_file(config_uri).get("broker_url"))
+    # Celery lets the variable beat the configuration.
+    if os.environ.get("CELERY_BROKER_URL") or not url.startswith(SCHEME):
         return None
     broker = EmbeddedBroker.from_url(url)
     if broker.is_running():
