@@ -86,9 +86,12 @@ def _register_celery_app(config: Any) -> None:
     app = PyramidCelery(config.registry, resolve(settings))
     app.transactions.watch(transaction.manager, begun=False)
     config.registry.registerUtility(app, ICeleryApp)
+    # The INI is the application's: what it imports has the rank of what the application scans.
+    root = config.with_package(config.root_package)
+    root.includepath = ()
     for module in (*app.conf.imports, *app.conf.include):
         try:
-            config.scan(module, categories=(CATEGORY,))
+            root.scan(module, categories=(CATEGORY,))
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"[celery] imports: {error}.") from error
 
