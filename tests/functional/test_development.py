@@ -183,7 +183,7 @@ def test_reload_does_not_outlive_the_process_that_watches(
 
     os.kill(dev.process.pid, signal.SIGKILL)
 
-    wait_for(lambda: nothing_left(family), "the end of every process", 20)
+    assert wait_for(lambda: nothing_left(family), "the end of every process", 20)
 
 
 def test_two_developments_of_one_directory_are_refused(demo, start, free_port, tmp_path):

@@ -99,7 +99,9 @@ def test_the_older_spelling_of_the_command_line_works(site, start, command):
         *("-A", "ws_celery.celery_app", "--ini", str(site.ini), "--loglevel=debug"),
     )
 
-    running.says(" ready." if command == "worker" else "beat: Starting...")
+    started = " ready." if command == "worker" else "beat: Starting..."
+    running.says(started)
+    assert running.process.poll() is None
 
 
 def test_the_environment_names_the_ini_for_celerys_own_command(site, start):
@@ -110,8 +112,8 @@ def test_the_environment_names_the_ini_for_celerys_own_command(site, start):
         WS_CELERY_INI=str(site.ini),
     )
 
-    worker.says("myapp.tasks.send_review")
     worker.says(" ready.")
+    assert "myapp.tasks.send_review" in worker.text
 
 
 def test_term_lets_the_running_task_finish(site, web, start, wait_for, tmp_path):
