@@ -38,6 +38,8 @@ class PyramidCelery(Celery):
     def __init__(self, registry: Registry, settings: Mapping[str, Any], **options: Any) -> None:
         self.registry = registry
         self.transactions = Transactions()
+        #: What ``@task`` has declared and the application has registered, by name.
+        self.declared: dict[str, Any] = {}
         super().__init__(
             registry.package_name,
             set_as_current=False,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import plaster
 import transaction
-from pyramid.config import PHASE2_CONFIG, global_registries
+from pyramid.config import PHASE2_CONFIG, PHASE3_CONFIG, global_registries
 from pyramid.events import NewRequest
 
 from ws_celery.app import PyramidCelery, get_celery_app
@@ -16,7 +17,7 @@ from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.settings import celery_settings
-from ws_celery.tasks import CATEGORY, add_celery_task
+from ws_celery.tasks import CATEGORY, add_celery_task, add_imported_task
 
 __all__ = ("includeme", "read_file")
 
@@ -37,8 +38,9 @@ def includeme(config: Any) -> None:
     config.add_directive("make_celery_app", make_celery_app, action_wrap=False)
     config.add_request_method(get_celery_app, "celery_app", reify=True)
     config.add_subscriber(_watch_transactions, NewRequest)
-    # Before PHASE3, where tasks are registered: `imports` is scanned here, which adds to them.
+    # The app before PHASE3, where tasks are registered; after it what only `imports` names.
     config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
+    config.action("celery imports", _scan_imports, args=(config,), order=PHASE3_CONFIG + 1)
 
 
 def make_celery_app(config: Any) -> PyramidCelery:
@@ -61,12 +63,14 @@ def _register_celery_app(config: Any) -> None:
     app = PyramidCelery(config.registry, resolve(settings))
     app.transactions.watch(transaction.manager, begun=False)
     config.registry.registerUtility(app, ICeleryApp)
-    # The INI is the application's: what it imports has the rank of what the application scans.
-    root = config.with_package(config.root_package)
-    root.includepath = ()
+
+
+def _scan_imports(config: Any) -> None:
+    app = get_celery_app(config.registry)
+    add = partial(add_imported_task, config)
     for module in (*app.conf.imports, *app.conf.include):
         try:
-            root.scan(module, categories=(CATEGORY,))
+            config.scan(module, categories=(CATEGORY,), add_celery_task=add)
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"[celery] imports: {error}.") from error
 
