@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,13 @@ from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
-from ws_celery.dispatch import CONNECT_TIMEOUT, RecordingProducer, Transactions
+from ws_celery.dispatch import (
+    CONNECT_TIMEOUT,
+    Publication,
+    RecordingProducer,
+    Transactions,
+    publish,
+)
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import HEADER, calling_request, describe
@@ -71,6 +77,10 @@ class PyramidCelery(Celery):
                 return nullcontext(recorder)
         context: AbstractContextManager[Any] = super().producer_or_acquire(producer)
         return context
+
+    def publish(self, publications: Sequence[Publication]) -> None:
+        """Hand what a committed transaction has recorded to the broker; never raises."""
+        publish(self, publications)
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
         """Send a task by name, as in Celery; adds the header that describes the calling request."""
@@ -134,6 +144,17 @@ def current_celery_app(what: str = "celery_app") -> PyramidCelery:
     request = calling_request()
     if request is not None:
         return get_celery_app(request)
+    return loaded_celery_app(what)
+
+
+def loaded_celery_app(what: str) -> PyramidCelery:
+    """Return the Celery app of the current registry, or of the only application that is loaded.
+
+    It is what is left to :func:`current_celery_app` without a request.
+
+    :param what: what needs the app, for the error message.
+    :raises NoCurrentApplication: if none or more than one is loaded.
+    """
     current: Registry = threadlocals.get()["registry"]
     loaded: list[Registry] = [current] if _includes_us(current) else []
     loaded = loaded or [registry for registry in global_registries if _includes_us(registry)]

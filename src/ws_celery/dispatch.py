@@ -142,7 +142,7 @@ class DispatchDataManager:
 
     def _after_commit(self, committed: bool) -> None:
         if committed and self.publications:
-            publish(self._app, self.publications)
+            self._app.publish(self.publications)
 
     def abort(self, txn: Any) -> None:
         self.publications.clear()
