@@ -10,7 +10,7 @@ transaction, what is sent at once or by a commit is kept here, and results are k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import Context as Variables
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -188,18 +188,19 @@ class Capture(Sequence[CapturedTask]):
         :return: what the runs have returned, in their order. A run that ended with ``Retry`` or
             ``Ignore`` has returned nothing.
         :raises Exception: what a task raises; what was not run yet stays captured.
+        :raises TaskNotRegistered: if a task is another program's.
         :raises AssertionError: if there are more runs than ``limit``.
         """
         results = []
-        while publication := self._take():
-            if limit <= 0:
-                name = publication.task_name
-                raise AssertionError(f"drain() has reached its limit, and {name} is still to run.")
-            limit -= 1
-            try:
+        for _ in range(limit):
+            publication = self._take()
+            if publication is None:
+                break
+            # Both have sent what follows, or wanted nothing to follow.
+            with suppress(Retry, Ignore):
                 results.append(self._run(publication))
-            except (Retry, Ignore):
-                continue
+        if self:
+            raise AssertionError(f"drain() has run {limit} tasks, and more are to run.\n{self!r}")
         return results
 
     def perform(self, task: Any, *args: Any, **kwargs: Any) -> Any:
