@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import plaster
@@ -33,10 +34,19 @@ class PyramidCelery(Celery):
 
     :param registry: the owner.
     :param settings: Celery's settings by their lower-case names, typed.
+    :param call_options: options of calls by the task's name or a glob, which Celery does not take
+        from its routes, such as ``expires``.
     """
 
-    def __init__(self, registry: Registry, settings: Mapping[str, Any], **options: Any) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Mapping[str, Any],
+        call_options: Mapping[str, Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> None:
         self.registry = registry
+        self._call_options = call_options or {}
         self.transactions = Transactions()
         super().__init__(
             registry.package_name,
@@ -59,11 +69,23 @@ class PyramidCelery(Celery):
         return context
 
     def send_task(self, name: str, *args: Any, **options: Any) -> Any:
-        """Send a task by name, as in Celery; adds the header that describes the calling request."""
+        """Send a task by name, as in Celery; adds the header that describes the calling request.
+
+        Options of the task's route that the call does not give are added, too.
+        """
+        for key, value in self._routed(name).items():
+            if options.get(key) is None:
+                options[key] = value
         headers = dict(options.pop("headers", None) or {})
         if HEADER not in headers and (description := self._describe_caller()):
             headers[HEADER] = description
         return super().send_task(name, *args, headers=headers, **options)
+
+    def _routed(self, name: str) -> Mapping[str, Any]:
+        if name in self._call_options:
+            return self._call_options[name]
+        globs = (glob for glob in self._call_options if "*" in glob and fnmatchcase(name, glob))
+        return self._call_options.get(next(globs, ""), {})
 
     def _describe_caller(self) -> dict[str, Any] | None:
         request = calling_request()

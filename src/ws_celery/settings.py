@@ -1,209 +1,329 @@
-"""Sections of an INI file to typed Celery settings: pure functions of a mapping.
+"""The configuration of one application, from wherever it is written, typed and with its origins.
 
-Every option is typed from Celery's own table. An unknown key or a value of the wrong type is a
-:class:`~ws_celery.exceptions.ConfigurationError` that names file, section and key.
+Nearest first: overrides in code, the file, the files that it includes, ``celeryconfig.py``. The
+environment variables that Celery obeys beat all of them.
 """
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any
 
-from celery.app.defaults import NAMESPACES, flatten
-from pyramid.settings import falsey, truthy
+import plaster
 
-from ws_celery.exceptions import ConfigurationError
-from ws_celery.schedules import SCHEDULE_TYPES, parse_schedule
+from ws_celery.converters import Refused, nearest
+from ws_celery.exceptions import ConfigurationError, Fault
+from ws_celery.faults import Faults, Place, Value
+from ws_celery.gather import Renamed
+from ws_celery.inifile import Layer, expand_environment, read_layers
+from ws_celery.keys import OUR_SETTINGS
+from ws_celery.masking import masked
+from ws_celery.options import OPTIONS, REMOVED, find_option
+from ws_celery.sections import Sections, Setting
 
-__all__ = ("Sections", "celery_settings")
+__all__ = (
+    "INI_VARIABLES",
+    "Configuration",
+    "Override",
+    "celery_settings",
+    "ini_variables",
+    "read_configuration",
+    "survey",
+)
 
-#: Section name to key to text, as plaster returns them.
-Sections = Mapping[str, Mapping[str, str]]
+log = logging.getLogger(__name__)
 
-#: Celery's own description of every option, by its full lower-case name.
-OPTIONS: dict[str, Any] = dict(flatten(NAMESPACES))
+#: Environment variable that tells all processes of a command what ``--ini-var`` said, as JSON.
+INI_VARIABLES = "WS_CELERY_INI_VARS"
 
-#: Options whose declared type is not what Celery does with the value.
-CORRECTED_TYPES = {
-    "beat_cron_starting_deadline": "int",  # declared as the class int
-    "broker_heartbeat_checkrate": "float",
-    "cassandra_auth_kwargs": "dict",
-    "cassandra_port": "int",
-    "redis_backend_use_ssl": "json",
-    "result_compression": "string",  # declared as the string "str"
-    "security_key_password": "bytes",
-    "task_annotations": "json",
-    "task_default_delivery_mode": "json",  # 1, 2, "transient" or "persistent"
-    "task_default_priority": "int",
-    "task_routes": "json",
-    "worker_concurrency": "int",
+#: Environment variables that beat the option, as Celery has it. Those without ``CELERY_`` are
+#: options of Celery's commands, which would then talk to another broker than the web does: all
+#: processes obey them.
+_VARIABLES = {
+    "broker_url": ("BROKER_URL", "CELERY_BROKER_URL"),
+    "broker_read_url": ("CELERY_BROKER_READ_URL",),
+    "broker_write_url": ("CELERY_BROKER_WRITE_URL",),
+    "result_backend": ("RESULT_BACKEND", "CELERY_RESULT_BACKEND"),
 }
 
-
-def _bool(text: str) -> bool:
-    word = text.lower()
-    if word in truthy:
-        return True
-    if word in falsey and word:
-        return False
-    raise ValueError("expected true or false")
+_REMEDY = (
+    "Set broker_url in the [celery] section of the INI file, and in [app:main] "
+    "`ws_celery.config_uri = %(__file__)s`, which tells where that section is"
+)
 
 
-def _number(kind: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError(f"expected {expected}") from None
+@dataclass(frozen=True)
+class Override:
+    """An environment variable that beats the configuration.
 
-    return convert
+    :param option: the option.
+    :param variable: name of the variable.
+    :param value: its value.
+    :param beaten: what is configured, if anything is.
+    """
 
+    option: str
+    variable: str
+    value: str
+    beaten: Setting | None
 
-def _list(text: str) -> list[str]:
-    return [item for line in text.splitlines() for item in line.replace(",", " ").split()]
-
-
-def _dict(text: str) -> dict[str, Any]:
-    value = _json(text)
-    if not isinstance(value, dict):
-        raise ValueError('expected a JSON object such as {"key": "value"}')
-    return value
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"expected JSON ({error})") from None
+    def __str__(self) -> str:
+        said = f"environment: {self.variable} = {masked(self.option, self.value)}"
+        if self.beaten is None:
+            return f"{said} sets {self.option}"
+        value = masked(self.option, self.beaten.value)
+        return f"{said} beats {self.option} = {value} ({self.beaten.place})"
 
 
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+@dataclass
+class Configuration:
+    """What was read.
+
+    :param settings: Celery's settings by today's names, typed.
+    :param rows: each thing that was read, with its place.
+    :param renamed: old spellings that were understood.
+    :param overrides: environment variables that beat what is written.
+    :param call_options: options of calls by task or glob, from routes.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: list[Setting] = field(default_factory=list)
+    renamed: list[Renamed] = field(default_factory=list)
+    overrides: list[Override] = field(default_factory=list)
+    call_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def report(self) -> None:
+        """Log, one line each, what somebody who reads the files would not expect."""
+        for override in self.overrides:
+            log.warning("%s", override)
+        if self.renamed:
+            names = dict.fromkeys(f"{each.old} is {each.new}" for each in self.renamed)
+            log.warning("old names of settings, which still work: %s", ", ".join(names))
 
 
-#: Converter for each type that Celery declares, and for those of :data:`CORRECTED_TYPES`.
-CONVERTERS: dict[str, Callable[[str], Any]] = {
-    "any": _json_or_text,
-    "bool": _bool,
-    "bytes": str.encode,
-    "dict": _dict,
-    "float": _number(float, "a number"),
-    "int": _number(int, "a whole number"),
-    "json": _json_or_text,
-    "list": _list,
-    "string": str,
-    "tuple": _list,
-}
+def read_configuration(
+    config_uri: str | None,
+    app_settings: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Configuration:
+    """Return the configuration of an application.
 
-_SCHEDULE_KEYS = ("task", "type", "schedule", "args", "kwargs", "options")
+    :param config_uri: what plaster takes; ``None`` where there is no file.
+    :param app_settings: Pyramid's settings, for ``celery.*`` and ``ws_celery.*``; those of the
+        file's ``[app:...]`` section if not given.
+    :param overrides: options from code, by name; they beat what is in files.
+    :raises ConfigurationError: with all that is wrong.
+    """
+    configuration, faults = survey(config_uri, app_settings, overrides)
+    if faults:
+        raise ConfigurationError.of(faults)
+    return configuration
 
 
-def celery_settings(sections: Sections, source: str) -> dict[str, Any]:
-    """Return Celery's settings from the ``[celery...]`` sections of one INI file.
+def survey(
+    config_uri: str | None,
+    app_settings: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Configuration, list[Fault]]:
+    """Return what could be read, and all that is wrong; see :func:`read_configuration`."""
+    layers, faults = read_layers(config_uri, ini_variables()) if config_uri else ([], Faults())
+    readable = not faults
+    own = layers[0] if layers else Layer(config_uri or "")
+    layers = layers or [own]
+    if app_settings is None:
+        app_settings, places = _app_section(own, config_uri)
+    else:
+        places = _app_places(own, config_uri)
+    _app_values(app_settings, places, own, faults)
+    if config_uri and readable and not any("celery" in each.sections for each in layers):
+        faults.append(Fault(f"the section [celery] is missing. {_REMEDY}", config_uri))
+    layers += _celeryconfig(own, faults)
+    if overrides:
+        layers.insert(0, _code(overrides))
+    sections = Sections(layers, faults)
+    configuration = Configuration(
+        sections.settings, sections.rows, sections.renamed, [], sections.call_options
+    )
+    _obey_environment(configuration, faults)
+    if not faults and not _has_broker(configuration.settings):
+        text = "no broker is configured" if config_uri else "No broker is configured"
+        faults.append(Fault(f"{text}. {_REMEDY}", config_uri))
+    return configuration, list(ConfigurationError.of(faults).faults)
 
-    ``[celery]`` holds options; ``[celery:OPTION]`` the keys of an option that is a mapping;
-    ``[celeryroute:TASK]`` how a task is routed; ``[celerybeat:NAME]`` a schedule entry.
+
+def celery_settings(sections: Mapping[str, Mapping[str, str]], source: str) -> dict[str, Any]:
+    """Return Celery's settings from sections that something else has read.
 
     :param sections: all sections; those that are not ours are left alone.
     :param source: name of the file, for messages.
-    :raises ConfigurationError: at the first key that is unknown or has a value of the wrong type.
+    :raises ConfigurationError: with all that is wrong.
     """
-    reader = _Reader(source)
-    settings = reader.options("celery", sections.get("celery", {}))
+    layer = Layer(source)
     for section, values in sections.items():
-        kind, _, name = section.partition(":")
-        if not name or kind not in ("celery", "celeryroute", "celerybeat"):
-            if kind.startswith("celery") and section != "celery":
-                reader.fail_section(section)
-            continue
-        if kind == "celery":
-            reader.known(section, name, OPTIONS)
-            settings.setdefault(name, {}).update(
-                {key: _json_or_text(text.strip()) for key, text in values.items()}
-            )
-        elif kind == "celeryroute":
-            settings.setdefault("task_routes", {})[name] = {
-                key: _json_or_text(text.strip()) for key, text in values.items()
-            }
-        else:
-            settings.setdefault("beat_schedule", {})[name] = reader.entry(section, values)
+        layer.sections[section] = {
+            key: Value(text.strip(), Place(source, section, key)) for key, text in values.items()
+        }
+    faults = Faults()
+    settings = Sections([layer], faults).settings
+    if faults:
+        raise ConfigurationError.of(faults)
     return settings
 
 
-class _Reader:
-    """Reads sections of one file; knows how to say where something is wrong."""
+def ini_variables() -> dict[str, str]:
+    """Return what ``--ini-var`` said to this process or to the one that started it."""
+    return dict(json.loads(os.environ.get(INI_VARIABLES, "{}")))
 
-    def __init__(self, source: str) -> None:
-        self._source = source
 
-    def options(self, section: str, values: Mapping[str, str]) -> dict[str, Any]:
-        settings = {}
-        for key, text in values.items():
-            option = self.known(section, key, OPTIONS)
-            settings[key] = self._option(section, key, text.strip(), option)
-        return settings
+# --- The application's section ----------------------------------------------------------------
 
-    def _option(self, section: str, key: str, text: str, option: Any) -> Any:
-        if option.default is None and text.lower() == "none":
-            return None
-        converter = CONVERTERS[CORRECTED_TYPES.get(key, option.type)]
-        return self.convert(section, key, text, converter)
 
-    def entry(self, section: str, values: Mapping[str, str]) -> dict[str, Any]:
-        for key in values:
-            self.known(section, key, _SCHEDULE_KEYS)
-        for key in ("task", "type", "schedule"):
-            if not values.get(key, "").strip():
-                self.fail(
-                    section, key, "is missing; a schedule entry needs task, type and schedule"
-                )
-        kind = self.known(section, values["type"].strip(), SCHEDULE_TYPES, "type")
-        return {
-            "task": values["task"].strip(),
-            "schedule": self.convert(
-                section, "schedule", values["schedule"], lambda text: parse_schedule(kind, text)
-            ),
-            "args": self.convert(section, "args", values.get("args", "[]"), _json_array),
-            "kwargs": self.convert(section, "kwargs", values.get("kwargs", "{}"), _dict),
-            "options": self.convert(section, "options", values.get("options", "{}"), _dict),
-        }
+def _section_name(config_uri: str | None) -> str:
+    fragment = plaster.parse_uri(config_uri).fragment if config_uri else ""
+    return f"app:{fragment or 'main'}"
 
-    def convert(self, section: str, key: str, text: str, converter: Callable[[str], Any]) -> Any:
+
+def _app_section(own: Layer, config_uri: str | None) -> tuple[dict[str, Any], dict[str, Place]]:
+    values = own.sections.get(_section_name(config_uri), {})
+    ours = {key: value for key, value in values.items() if _is_ours(key)}
+    return (
+        {key: value.text for key, value in ours.items()},
+        {key: value.place for key, value in ours.items()},
+    )
+
+
+def _app_places(own: Layer, config_uri: str | None) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    named = own.sections.get(_section_name(config_uri), {})
+    others = (values for name, values in own.sections.items() if name.startswith("app:"))
+    for values in (named, *others):
+        for key, value in values.items():
+            places.setdefault(key, value.place)
+    return places
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith(("celery.", "ws_celery."))
+
+
+def _app_values(
+    settings: Mapping[str, Any], places: Mapping[str, Place], own: Layer, faults: Faults
+) -> None:
+    """Check ``ws_celery.*``; add ``celery.*`` to the layer as if it stood in ``[celery]``."""
+    for key, given in settings.items():
+        if not _is_ours(key):
+            continue
+        place = places.get(key) or Place("the application's settings", "app", key)
         try:
-            return converter(text)
+            value = expand_environment(given) if isinstance(given, str) else given
         except ValueError as error:
-            self.fail(section, key, f"= {text!r}: {error}")
-
-    def known(self, section: str, name: str, names: Any, key: str = "") -> Any:
-        """Return ``names[name]``, or ``name`` where names have no values; fail if it is unknown."""
-        if name not in names:
-            hint = _nearest(name, names)
-            self.fail(section, key or name, f"{f'= {name!r} ' if key else ''}is not known.{hint}")
-        return names[name] if not key and isinstance(names, Mapping) else name
-
-    def fail_section(self, section: str) -> NoReturn:
-        known = ("celery", "celery:OPTION", "celeryroute:TASK", "celerybeat:NAME")
-        raise ConfigurationError(
-            f"{self._source}: the section [{section}] is not known; "
-            f"ws_celery reads [{'], ['.join(known)}]."
-        )
-
-    def fail(self, section: str, key: str, problem: str) -> NoReturn:
-        raise ConfigurationError(f"{self._source}: [{section}] {key} {problem}")
+            faults.at(place, str(error))
+            continue
+        if key.startswith("celery."):
+            _add_to_celery(own, key.removeprefix("celery."), Value(value, place), faults)
+        elif key in OUR_SETTINGS:
+            faults.typed({key: Value(value, place)}, OUR_SETTINGS)
+        else:
+            close = nearest(key, OUR_SETTINGS)
+            faults.at(place, "is no setting of ws_celery", value=value, close=close)
 
 
-def _json_array(text: str) -> list[Any]:
-    value = _json(text)
-    if not isinstance(value, list):
-        raise ValueError("expected a JSON array such as [1, 2]")
-    return value
+def _add_to_celery(own: Layer, name: str, value: Value, faults: Faults) -> None:
+    celery = own.sections.setdefault("celery", {})
+    if name in celery:
+        first = celery[name].place
+        problem = f"[{first.section}] {first.key} at {first} sets it as well; keep one of them"
+        faults.at(value.place, problem)
+    else:
+        celery[name] = value
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), list(names), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+# --- Code -------------------------------------------------------------------------------------
+
+
+def _code(overrides: Mapping[str, Any]) -> Layer:
+    name = "configure_celery()"
+    values = {key: Value(value, Place(name, "code", key)) for key, value in overrides.items()}
+    return Layer(name, {"celery": values})
+
+
+def _celeryconfig(own: Layer, faults: Faults) -> list[Layer]:
+    """Return the layer of Celery's own Python module of settings, where the INI asks for it."""
+    celery = own.sections.get("celery", {})
+    written = next((key for key in celery if key.lower() == "use_celeryconfig"), None)
+    if written is None:
+        return []
+    value = celery.pop(written)
+    name = os.environ.get("CELERY_CONFIG_MODULE") or "celeryconfig"
+    try:
+        wanted = OPTIONS["task_always_eager"].kind.accept(value.text)
+        module = importlib.import_module(name) if wanted else None
+    except Refused:
+        faults.at(value.place, "", value=value.text, expected="true or false")
+        return []
+    except Exception as error:  # noqa: BLE001  whatever the module does
+        problem = f"the module {name} cannot be imported ({type(error).__name__}: {error})"
+        faults.at(value.place, problem)
+        return []
+    return [_module_layer(module)] if module else []
+
+
+def _module_layer(module: ModuleType) -> Layer:
+    file = getattr(module, "__file__", None) or module.__name__
+    values = {
+        name: Value(value, Place(file, "celeryconfig", name))
+        for name, value in vars(module).items()
+        if not name.startswith("_") and _is_setting(name, value)
+    }
+    return Layer(file, {"celery": values})
+
+
+def _is_setting(name: str, value: object) -> bool:
+    # The module's own imports and functions are no settings; a slip in a name is a fault.
+    if find_option(name) or name in REMOVED:
+        return True
+    return not isinstance(value, (ModuleType, FunctionType, type)) and bool(nearest(name, OPTIONS))
+
+
+# --- The environment --------------------------------------------------------------------------
+
+
+def _obey_environment(configuration: Configuration, faults: Faults) -> None:
+    for option, variables in _VARIABLES.items():
+        given = {name: text for name in variables if (text := os.environ.get(name, ""))}
+        if not given:
+            continue
+        if len(set(given.values())) > 1:
+            places = " and ".join(given)
+            problem = f"{places} are both set, and differ; unset one of them"
+            faults.append(Fault(problem, "environment", key=option))
+            continue
+        variable, text = next(iter(given.items()))
+        before = len(faults)
+        place = Place("environment", "", variable)
+        with faults.catching(Value(text, place), OPTIONS[option].kind.expected):
+            value = _from_environment(option, text)
+        if len(faults) > before:
+            continue
+        beaten = next((row for row in configuration.rows if row.name == option), None)
+        if beaten is None or beaten.value != value:
+            configuration.overrides.append(Override(option, variable, text, beaten))
+        configuration.settings[option] = value
+
+
+def _from_environment(option: str, text: str) -> Any:
+    if text.startswith("embedded:"):
+        raise Refused("embedded: works in the INI file only")
+    return OPTIONS[option].kind.accept(text)
+
+
+def _has_broker(settings: Mapping[str, Any]) -> bool:
+    # broker_host and broker_transport are older ways to say it.
+    options = ("broker_url", "broker_write_url", "broker_host", "broker_transport")
+    return any(settings.get(name) for name in (*options, "task_always_eager"))

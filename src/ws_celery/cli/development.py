@@ -21,9 +21,9 @@ from ws_celery.app import INI_VARIABLE, load_registry
 from ws_celery.cli.application import READY_VARIABLE, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
-from ws_celery.config import read_file
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
+from ws_celery.settings import read_configuration
 
 __all__ = ("demo", "dev")
 
@@ -121,7 +121,7 @@ def _broker_program(config_uri: str) -> Iterator[Program]:
 
 
 def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
-    url = os.environ.get("CELERY_BROKER_URL") or read_file(config_uri).get("broker_url")
+    url = read_configuration(config_uri).settings.get("broker_url")
     if not isinstance(url, str) or not url.startswith(SCHEME):
         return None
     broker = EmbeddedBroker.from_url(url)
