@@ -10,6 +10,8 @@ from typing import Any
 
 import plaster
 from celery import Celery
+from paste.deploy.loadwsgi import ConfigLoader
+from plaster_pastedeploy import Loader as PasteDeployLoader
 from pyramid.config import global_registries
 from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
@@ -19,6 +21,7 @@ from ws_celery.dispatch import RecordingProducer, Transactions
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import HEADER, calling_request, describe
+from ws_celery.settings import Configuration, ini_variables
 
 __all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_app", "load_registry")
 
@@ -34,19 +37,20 @@ class PyramidCelery(Celery):
 
     :param registry: the owner.
     :param settings: Celery's settings by their lower-case names, typed.
-    :param call_options: options of calls by the task's name or a glob, which Celery does not take
-        from its routes, such as ``expires``.
+    :param configuration: where the settings come from, and the options of calls that Celery does
+        not take from its routes, such as ``expires``.
     """
 
     def __init__(
         self,
         registry: Registry,
         settings: Mapping[str, Any],
-        call_options: Mapping[str, Mapping[str, Any]] | None = None,
+        configuration: Configuration | None = None,
         **options: Any,
     ) -> None:
         self.registry = registry
-        self._call_options = call_options or {}
+        self.configuration = configuration
+        self._call_options = configuration.call_options if configuration else {}
         self.transactions = Transactions()
         super().__init__(
             registry.package_name,
@@ -162,6 +166,19 @@ def load_registry(config_uri: str) -> Registry:
     :param config_uri: what plaster takes: a path, with ``#name`` for another application than
         ``main``.
     """
-    wsgi_app = plaster.get_loader(config_uri, protocols=["wsgi"]).get_wsgi_app()
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    variables = ini_variables()
+    if variables and isinstance(loader, PasteDeployLoader):
+        wsgi_app = _with_variables(loader, variables)
+    else:
+        wsgi_app = loader.get_wsgi_app(defaults=variables or None)
     # Middleware around the application hides its registry.
     return getattr(wsgi_app, "registry", None) or global_registries.last
+
+
+def _with_variables(loader: PasteDeployLoader, variables: Mapping[str, str]) -> Any:
+    # As plaster does it, but that [DEFAULT] does not beat what the command line says.
+    config = ConfigLoader(loader.uri.path)
+    config.update_defaults({key: value.replace("%", "%%") for key, value in variables.items()})
+    global_conf = {**loader.uri.options, **variables}
+    return config.get_app(loader.uri.fragment or "main", global_conf)

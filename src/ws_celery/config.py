@@ -116,7 +116,7 @@ def _register_celery_app(config: Any) -> None:
     configuration = _read(config.registry)
     configuration.report()
     app = PyramidCelery(
-        config.registry, resolve(configuration.settings), call_options=configuration.call_options
+        config.registry, resolve(configuration.settings), configuration=configuration
     )
     app.transactions.watch(transaction.manager, begun=False)
     config.registry.registerUtility(app, ICeleryApp)

@@ -23,7 +23,7 @@ from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
-from ws_celery.settings import read_configuration
+from ws_celery.settings import ini_variables, read_configuration
 
 __all__ = ("demo", "dev")
 
@@ -100,12 +100,16 @@ def _run(config_uri: str) -> int:
             _program("beat", config_uri),
             Program(
                 "web",
-                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri),
+                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri, *_variables()),
                 ready=lambda: _accepts(host, port),
                 stop_signal=signal.SIGINT,  # what pserve takes for a wish to finish
             ),
         ]
         return Processes(programs, lambda: click.secho(message, bold=True)).run()
+
+
+def _variables() -> list[str]:
+    return [f"{name}={value}" for name, value in ini_variables().items()]
 
 
 def _program(command: str, config_uri: str, *options: str, **attributes: Any) -> Program:
