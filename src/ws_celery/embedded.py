@@ -120,13 +120,13 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(url, str) and url.startswith(SCHEME):
             broker = EmbeddedBroker.from_url(url)
             if find_server() is None:
-                resolved.update(_on_files(key, broker.directory))
+                resolved.update(_on_files(key, broker.directory, settings))
             else:
                 resolved[key] = broker.url(database)
     return resolved
 
 
-def _on_files(key: str, directory: Path) -> dict[str, Any]:
+def _on_files(key: str, directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     folders = {name: directory / name for name in ("messages", "control", "results")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +140,7 @@ def _on_files(key: str, directory: Path) -> dict[str, Any]:
     return {
         key: "filesystem://",
         "broker_transport_options": {
+            **settings.get("broker_transport_options", {}),
             "data_folder_in": str(folders["messages"]),
             "data_folder_out": str(folders["messages"]),
             "control_folder": str(folders["control"]),

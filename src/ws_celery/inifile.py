@@ -179,7 +179,9 @@ def _from_plaster(
     loader: plaster.ILoader, config_uri: str, variables: Mapping[str, str] | None
 ) -> tuple[list[Layer], Faults]:
     layer = Layer(config_uri)
-    for section in loader.get_sections():
+    # Sections of others may hold what only they can interpolate.
+    ours = (name for name in loader.get_sections() if name.startswith(("celery", "app:")))
+    for section in ours:
         settings = loader.get_settings(section, dict(variables or {}))
         layer.sections[section] = {
             key: Value(value, Place(config_uri, section, key)) for key, value in settings.items()

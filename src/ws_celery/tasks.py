@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, overload
 
 import transaction
 import venusian
@@ -269,6 +269,14 @@ class TaskProxy:
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
+
+
+@overload
+def task(target: Callable[..., Any], /) -> TaskProxy: ...
+
+
+@overload
+def task(**options: Any) -> Callable[[Callable[..., Any]], TaskProxy]: ...
 
 
 def task(*args: Any, **options: Any) -> Any:

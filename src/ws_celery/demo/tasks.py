@@ -1,8 +1,5 @@
 """The tasks. They are written like views: a request first, and its ``dbsession``."""
 
-# The decorator accepts any function.
-# mypy: disable-error-code="untyped-decorator"
-
 from __future__ import annotations
 
 import logging
