@@ -14,8 +14,9 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, available_timezones
 
 from celery.utils.imports import symbol_by_name
 from celery.utils.time import rate
@@ -83,6 +84,8 @@ class Kind:
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the one of ``names`` that ``name`` was probably meant to be."""
+    if len(name) > _LONGEST_NAME:
+        return None
     by_lower = {each.lower(): each for each in names}
     close = get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[close[0]] if close else None
@@ -136,6 +139,8 @@ def untyped(text: str) -> Any:
     return text
 
 
+#: Longer than any name, and short enough to be compared with all of them.
+_LONGEST_NAME = 80
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _PERIOD = re.compile(
@@ -365,10 +370,13 @@ def _zone(text: str) -> str:
     try:
         ZoneInfo(text)
     except (OSError, ValueError, KeyError):
-        from zoneinfo import available_timezones
-
-        raise Refused(close=nearest(text, available_timezones())) from None
+        raise Refused(close=nearest(text, _zones())) from None
     return text
+
+
+@cache
+def _zones() -> set[str]:
+    return available_timezones()
 
 
 ZONE = Kind("timezone", "the name of a time zone, such as Europe/Berlin", "Europe/Berlin", _zone)

@@ -31,9 +31,7 @@ def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> dic
     for key in ("task", "schedule"):
         if key not in values:
             faults.at(place.key_beside(key), "is missing; an entry needs task, type and schedule")
-    timing = None
-    if "schedule" in values:
-        timing = _timing(values["schedule"], values.get("type"), keys, faults)
+    timing = _timing(values, keys, place, faults) if "schedule" in values else None
     options = {}
     if "options" in keys:
         with faults.catching(values["options"]):
@@ -50,14 +48,17 @@ def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> dic
     return {**entry, "relative": True} if keys.get("relative") else entry
 
 
-def _timing(schedule: Value, kind: Value | None, keys: Mapping[str, Any], faults: Faults) -> Any:
+def _timing(
+    values: Mapping[str, Value], keys: Mapping[str, Any], place: Place, faults: Faults
+) -> Any:
+    schedule, kind = values["schedule"], values.get("type")
     text = schedule.text
     if kind is None and not isinstance(text, (str, dict)):
         if not isinstance(text, (int, float)) or isinstance(text, bool):
             return text  # a schedule that was made in Python
         kind = Value("number", schedule.place)
     if kind is None:
-        faults.at(schedule.place.key_beside("type"), "is missing", expected=_TYPES)
+        faults.at(place.key_beside("type"), "is missing", expected=_TYPES)
         return None
     name = str(kind.text).strip()
     if name not in SCHEDULE_TYPES:
@@ -66,8 +67,8 @@ def _timing(schedule: Value, kind: Value | None, keys: Mapping[str, Any], faults
         return None
     for key, types in (("timezone", ("crontab",)), ("relative", SCHEDULE_TYPES[1:4])):
         if keys.get(key) and name not in types:
-            where = schedule.place.key_beside(key)
-            faults.at(where, f"has no meaning for the type {name}, only for {', '.join(types)}")
+            problem = f"has no meaning for the type {name}, only for {', '.join(types)}"
+            faults.at(values[key].place, problem)
     with faults.catching(schedule):
         return parse_schedule(name, text, keys.get("timezone"))
     return None

@@ -34,7 +34,7 @@ class Place:
 
     def key_beside(self, key: str) -> Place:
         """Return the place of a key that is missing here."""
-        return Place(self.file, self.section, key, self.line)
+        return Place(self.file, self.section, f"{self.key} {key}".lstrip(), self.line)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -125,11 +126,15 @@ def _transport(text: str) -> str:
     return text
 
 
+@cache
+def _extensions() -> set[str]:
+    return {point.name for point in entry_points(group="celery.result_backends")}
+
+
 def _backend(text: str) -> str:
     scheme, separator, _ = text.partition("://")
     name = scheme.partition("+")[0]
-    extensions = {point.name for point in entry_points(group="celery.result_backends")}
-    known = {*BACKEND_ALIASES, *extensions, "embedded"}
+    known = {*BACKEND_ALIASES, *_extensions(), "embedded"}
     if not text or "\n" in text or (not separator and ":" in text and "." not in text):
         raise Refused
     if name not in known and not re.fullmatch(r"[\w.]+[.:]\w+", name):

@@ -127,7 +127,7 @@ class Sections:
 
     def _queues(self, blocks: Mapping[str, Block]) -> None:
         queues: list[Queue] = []
-        given = self.settings.pop("task_queues", None)
+        given = self.settings.get("task_queues")
         if given is not None:
             place = self._place("task_queues")
             with self._faults.catching(Value(None, place)):
@@ -203,7 +203,7 @@ class Sections:
     ) -> dict[str, Any]:
         place, entries = self._place("beat_schedule"), {}
         for name, keys in given.items():
-            where = place.key_beside(f"{place.key}: {name}")
+            where = place.key_beside(name)
             if name in blocks:
                 self._double(blocks[name], name, "beat_schedule")
             elif not isinstance(keys, Mapping):
