@@ -120,8 +120,9 @@ def _register_celery_app(config: Any) -> None:
     )
     app.transactions.watch(transaction.manager, begun=False)
     config.registry.registerUtility(app, ICeleryApp)
-    for row in configuration.rows:
-        _introspect(config, row)
+    if config.introspection:
+        for row in configuration.rows:
+            _introspect(config, row)
     for module in (*app.conf.imports, *app.conf.include):
         try:
             config.scan(module, categories=(CATEGORY,))
@@ -154,7 +155,9 @@ def _introspect(config: Any, row: Setting) -> None:
     introspectable["file"] = row.place.file
     introspectable["line"] = row.place.line
     introspectable["section"] = row.place.section
-    config.action(None, introspectables=(introspectable,), order=PHASE2_CONFIG)
+    # Not by an action: one that is added while others are executed makes Pyramid stumble over
+    # actions of an earlier phase that were overridden.
+    introspectable.register(config.introspector, config.action_info)
 
 
 #: Category of introspectables, and what one of them is called, for each category of settings.
