@@ -9,7 +9,7 @@ from typing import Any
 
 import plaster
 import transaction
-from pyramid.config import PHASE1_CONFIG, PHASE2_CONFIG
+from pyramid.config import PHASE1_CONFIG, PHASE2_CONFIG, global_registries
 from pyramid.events import NewRequest
 from zope.interface import implementer
 
@@ -24,7 +24,7 @@ from ws_celery.sections import Setting
 from ws_celery.settings import Configuration, read_configuration
 from ws_celery.tasks import CATEGORY, TaskProxy
 
-__all__ = ("includeme",)
+__all__ = ("includeme", "read_file")
 
 
 def includeme(config: Any) -> None:
@@ -72,6 +72,8 @@ def add_celery_task(
 def make_celery_app(config: Any) -> PyramidCelery:
     """Commit the configuration and return the application's Celery app, without a WSGI app."""
     config.commit()
+    # As make_wsgi_app() does: so the tasks find the only application of a process.
+    global_registries.add(config.registry)
     return get_celery_app(config.registry)
 
 
@@ -140,6 +142,14 @@ def _read(registry: Any) -> Configuration:
             "different files. Keep one of them."
         )
     return read_configuration(config_uri, registry.settings, source.overrides)
+
+
+def read_file(config_uri: str) -> dict[str, Any]:
+    """Return Celery's settings from an INI file, typed; a broker need not be among them.
+
+    :raises ConfigurationError: with all that is wrong.
+    """
+    return read_configuration(config_uri, need_broker=False).settings
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -111,6 +111,8 @@ def read_configuration(
     config_uri: str | None,
     app_settings: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    *,
+    need_broker: bool = True,
 ) -> Configuration:
     """Return the configuration of an application.
 
@@ -118,9 +120,10 @@ def read_configuration(
     :param app_settings: Pyramid's settings, for ``celery.*`` and ``ws_celery.*``; those of the
         file's ``[app:...]`` section if not given.
     :param overrides: options from code, by name; they beat what is in files.
+    :param need_broker: whether it is a fault if there is no broker.
     :raises ConfigurationError: with all that is wrong.
     """
-    configuration, faults = survey(config_uri, app_settings, overrides)
+    configuration, faults = survey(config_uri, app_settings, overrides, need_broker=need_broker)
     if faults:
         raise ConfigurationError.of(faults)
     return configuration
@@ -130,6 +133,8 @@ def survey(
     config_uri: str | None,
     app_settings: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    *,
+    need_broker: bool = True,
 ) -> tuple[Configuration, list[Fault]]:
     """Return what could be read, and all that is wrong; see :func:`read_configuration`."""
     layers, faults = read_layers(config_uri, ini_variables()) if config_uri else ([], Faults())
@@ -151,7 +156,7 @@ def survey(
         sections.settings, sections.rows, sections.renamed, [], sections.call_options
     )
     _obey_environment(configuration, faults)
-    if not faults and not _has_broker(configuration.settings):
+    if need_broker and not faults and not _has_broker(configuration.settings):
         text = "no broker is configured" if config_uri else "No broker is configured"
         faults.append(Fault(f"{text}. {_REMEDY}", config_uri))
     return configuration, list(ConfigurationError.of(faults).faults)

@@ -39,8 +39,8 @@ def load_demo(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     loaded = []
 
-    def load(**changes):
-        text = INI.read_text()
+    def load(path=INI, **changes):
+        text = path.read_text()
         for key, value in changes.items():
             text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
             assert count == 1, key
@@ -333,6 +333,14 @@ def test_whoever_says_nothing_about_formats_gets_a_page(web):
 @pytest.mark.parametrize("path", ["/orders", "/reports"])
 def test_the_addresses_of_the_forms_lead_home(web, path):
     assert urllib.parse.urlsplit(web.get(path, status=303).location).path == "/"
+
+
+def test_the_ini_for_tests_needs_no_server(load_demo):
+    web = load_demo(ROOT / "test.ini")
+
+    order = web.post("/orders", ORDER, headers=JSON).follow(headers=JSON).json
+
+    assert order["status"] == "waiting"
 
 
 def test_an_order_is_taken_though_the_broker_is_down(web_without_broker):
