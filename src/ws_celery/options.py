@@ -474,7 +474,7 @@ REMOVED: dict[str, str] = {
     ),
     "CELERYD_AUTORELOADER": "use ws-celery dev --reload while you develop",
     "CELERYD_BOOT_STEPS": "add steps to app.steps in code",
-    "CELERYD_FORCE_EXECV": "use worker_pool_start_method = spawn",
+    "CELERYD_FORCE_EXECV": "use worker_pool_start_method = spawn, with Celery 5.7 or later",
     "CELERYD_MEDIATOR": "the worker has no mediator thread any more; remove it",
     "CELERYD_ETA_SCHEDULER": "use worker_timer",
     "CELERYD_ETA_SCHEDULER_PRECISION": "use worker_timer_precision",

@@ -65,8 +65,9 @@ class ZonedCrontab(crontab):
 
     def remaining_estimate(self, last_run_at: datetime, ffwd: type = ffwd) -> timedelta:
         """Return the time from now to the run that follows ``last_run_at``; negative if past."""
+        # Before 5.7 Celery reads the fields in whatever zone the last run was told in.
+        last_run_at = self.maybe_make_aware(last_run_at).astimezone(self.tz)
         start, delta, now = self.remaining_delta(last_run_at, ffwd=ffwd)
-        start = start.astimezone(self.tz)
         return self._following(start, start + delta) - now.astimezone(timezone.utc)
 
     def _following(self, start: datetime, wall: datetime) -> datetime:

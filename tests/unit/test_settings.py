@@ -667,10 +667,9 @@ def test_the_module_of_celery_is_read_if_the_file_asks_for_it(read, tmp_path, mo
         "def helper(): pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "celeryconfig", raising=False)
 
     settings = read("USE_CELERYCONFIG = True\nworker_prefetch_multiplier = 1\n").settings
-    monkeypatch.delitem(sys.modules, "celeryconfig")
+    del sys.modules["celeryconfig"]
 
     assert settings["worker_concurrency"] == 3
     assert settings["worker_prefetch_multiplier"] == 1

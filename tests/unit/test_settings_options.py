@@ -269,6 +269,7 @@ def test_a_name_that_is_gone_says_what_took_its_place(name):
         read(**{name: "1"})
 
     assert REMOVED[name] in str(caught.value)
-    for word in REMOVED[name].replace(";", "").split():
-        if word.isidentifier() and "_" in word and word != "task_failure":
+    for word in REMOVED[name].replace(";", "").replace(",", "").split():
+        # A signal, and an option that Celery before 5.7 does not have.
+        if "_" in word and word not in ("task_failure", "worker_pool_start_method"):
             assert word in OPTIONS, "the advice names an option that exists"
