@@ -65,10 +65,15 @@ class ZonedCrontab(crontab):
 
     def remaining_estimate(self, last_run_at: datetime, ffwd: type = ffwd) -> timedelta:
         """Return the time from now to the run that follows ``last_run_at``; negative if past."""
-        # Before 5.7 Celery reads the fields in whatever zone the last run was told in.
-        last_run_at = self.maybe_make_aware(last_run_at).astimezone(self.tz)
-        start, delta, now = self.remaining_delta(last_run_at, ffwd=ffwd)
+        # Before 5.7 Celery reads the fields in whatever zone the last run was told in, and forgets
+        # which pass of an hour that comes twice it was: of what it returns, the delta is enough.
+        start, now = (self._aware(moment) for moment in (last_run_at, self.now()))
+        _, delta, _ = self.remaining_delta(start, ffwd=ffwd)
         return self._following(start, start + delta) - now.astimezone(timezone.utc)
+
+    def _aware(self, moment: datetime) -> datetime:
+        aware = self.maybe_make_aware(moment) if moment.tzinfo is None else moment
+        return aware.astimezone(self.tz)
 
     def _following(self, start: datetime, wall: datetime) -> datetime:
         after = start.astimezone(timezone.utc)
