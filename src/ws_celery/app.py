@@ -17,7 +17,7 @@ from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
-from ws_celery.dispatch import RecordingProducer, Transactions
+from ws_celery.dispatch import CONNECT_TIMEOUT, RecordingProducer, Transactions
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import HEADER, calling_request, describe
@@ -59,6 +59,18 @@ class PyramidCelery(Celery):
             **options,
         )
         self.config_from_object(dict(settings))
+
+    def connection_for_write(self, *args: Any, **options: Any) -> Any:
+        """Return a connection for publishing, as in Celery; Redis is not waited for without end.
+
+        redis-py would wait for ever for a server that has stopped answering, and with it every
+        request that commits. Transport options of the configuration are left alone.
+        """
+        connection = super().connection_for_write(*args, **options)
+        if connection.transport.driver_type == "redis":
+            for option in ("socket_connect_timeout", "socket_timeout"):
+                connection.transport_options.setdefault(option, CONNECT_TIMEOUT)
+        return connection
 
     def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
         """Hand out the producer of a message: a recording one while a transaction is open.

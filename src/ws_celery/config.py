@@ -125,9 +125,12 @@ def _register_celery_app(config: Any) -> None:
     if config.introspection:
         for row in configuration.rows:
             _introspect(config, row)
+    # The INI is the application's: what it imports has the rank of what the application scans.
+    root = config.with_package(config.root_package)
+    root.includepath = ()
     for module in (*app.conf.imports, *app.conf.include):
         try:
-            config.scan(module, categories=(CATEGORY,))
+            root.scan(module, categories=(CATEGORY,))
         except ModuleNotFoundError as error:
             raise _not_found(configuration, error) from error
 

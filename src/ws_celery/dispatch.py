@@ -38,7 +38,7 @@ __all__ = (
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a flush spends at most on reaching a broker that does not answer.
+#: Seconds to wait for a broker that does not answer, at the connect and at each answer.
 CONNECT_TIMEOUT = 2.0
 
 _immediate: ContextVar[bool] = ContextVar("ws_celery_immediate", default=False)

@@ -43,7 +43,17 @@ def dispose_engines() -> None:
     module = sys.modules.get("sqlalchemy.engine")
     if module is None:
         return
-    for candidate in gc.get_objects():
+    for candidate in _objects():
         # type(), not isinstance(): lazy proxies evaluate themselves when asked for __class__.
         if issubclass(type(candidate), module.Engine):
             candidate.dispose(close=False)
+
+
+def _objects() -> list[Any]:
+    """Return all objects, also those that ``gc.freeze()`` hides to share them with children."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    objects = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    return objects

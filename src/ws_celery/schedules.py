@@ -65,14 +65,15 @@ class ZonedCrontab(crontab):
 
     def remaining_estimate(self, last_run_at: datetime, ffwd: type = ffwd) -> timedelta:
         """Return the time from now to the run that follows ``last_run_at``; negative if past."""
-        # Before 5.7 Celery reads the fields in whatever zone the last run was told in, and forgets
-        # which pass of an hour that comes twice it was: of what it returns, the delta is enough.
-        start, now = (self._aware(moment) for moment in (last_run_at, self.now()))
+        start, now = (self.maybe_make_aware(moment) for moment in (last_run_at, self.now()))
         _, delta, _ = self.remaining_delta(start, ffwd=ffwd)
         return self._following(start, start + delta) - now.astimezone(timezone.utc)
 
-    def _aware(self, moment: datetime) -> datetime:
-        aware = self.maybe_make_aware(moment) if moment.tzinfo is None else moment
+    def maybe_make_aware(self, dt: datetime, *args: Any, **options: Any) -> datetime:
+        """Return ``dt`` in the zone of the fields."""
+        # Before 5.7 Celery leaves an aware time in the zone that it came in, or takes the wrong
+        # offset near a change.
+        aware = super().maybe_make_aware(dt, *args, **options) if dt.tzinfo is None else dt
         return aware.astimezone(self.tz)
 
     def _following(self, start: datetime, wall: datetime) -> datetime:

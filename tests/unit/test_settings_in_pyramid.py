@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+from celery.beat import PersistentScheduler
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
@@ -184,6 +187,31 @@ def test_a_route_has_options_that_celery_does_not_take_from_routes(ini, committe
     assert [header["task"] for header in headers] == ["sent.task", "sent.exactly", "sent.other"]
     assert [header["timelimit"][0] for header in headers] == [5, None, 5]
     assert [message["expires"] is not None for message in headers] == [True] * 3
+
+
+def test_beat_runs_the_schedule_and_keeps_it_in_its_file(ini, committed, tmp_path):
+    path = ini(
+        "[celery]\nbroker_url = memory://\n[celeryroute:tick]\nqueue = there\n"
+        "[celerybeat:zoned]\ntask = tick\ntype = crontab\nschedule = * * * * *\n"
+        "timezone = Asia/Tokyo\n"
+        "[celerybeat:often]\ntask = tick\ntype = number\nschedule = 0.001\n"
+    )
+    config = Configurator(settings={"ws_celery.config_uri": path})
+    config.include("ws_celery")
+    app = committed(config)
+
+    for _ in range(2):
+        scheduler = PersistentScheduler(app, schedule_filename=str(tmp_path / "beat"))
+        zoned, often = (scheduler.schedule[name] for name in ("zoned", "often"))
+        assert (zoned.schedule.zone, zoned.last_run_at.utcoffset()) == (
+            *("Asia/Tokyo", timedelta(hours=9)),
+        )
+        zoned.last_run_at -= timedelta(minutes=2)
+        assert zoned.is_due().is_due
+        assert often.is_due().next < 1
+        scheduler.apply_entry(zoned)
+        scheduler.close()
+        assert _take(app).headers["task"] == "tick"
 
 
 def _nothing(request):

@@ -1,0 +1,123 @@
+"""Fixtures of tests with real services: a worker in a thread, a database behind requests."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import transaction
+import zope.sqlalchemy
+from celery import _state
+from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
+from celery.worker import WorkController, state
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session, sessionmaker
+
+
+@pytest.fixture(autouse=True)
+def _sockets_end_with_their_test() -> Iterator[None]:
+    # Celery leaves those of result backends to the garbage collector, which warns of each.
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture
+def start_worker() -> Iterator[Callable[[Any], None]]:
+    """Start a real worker of an application, in a thread of this process, until the test ends."""
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(_worker(app.celery))
+
+
+@contextmanager
+def _worker(app: Any) -> Iterator[None]:
+    ready = threading.Event()
+    worker = WorkController(
+        app=app,
+        hostname=f"{uuid.uuid4().hex}@localhost",
+        pool="solo",
+        concurrency=1,
+        ready_callback=lambda _consumer: ready.set(),
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+    )
+    setup_worker_optimizations(app, worker.hostname)  # as the command line does
+    thread = threading.Thread(target=worker.start, name="worker")
+    thread.start()
+    try:
+        assert ready.wait(20), "the worker is not ready"
+        _state._set_task_join_will_block(False)  # the test waits for results in this process
+        yield
+    finally:
+        state.should_stop = 0
+        thread.join(20)
+        state.should_stop = None
+        reset_worker_optimizations(app)
+        _state._set_task_join_will_block(False)
+        _state.default_app = _state._tls.current_app = None
+        assert not thread.is_alive(), "the worker does not stop"
+
+
+class Database:
+    """A database with one table, ``notes``, and an application's way to use it."""
+
+    def __init__(self, url: str) -> None:
+        self.engine: Engine = create_engine(url)
+        self.sessions = sessionmaker(self.engine)
+        self.execute("CREATE TABLE notes (id INTEGER PRIMARY KEY, text VARCHAR(50) NOT NULL)")
+
+    def execute(self, statement: str, **parameters: Any) -> Any:
+        """Execute and commit a statement, on a connection of its own."""
+        with self.engine.begin() as connection:
+            result = connection.execute(text(statement), parameters)
+            return result.scalars().all() if result.returns_rows else None
+
+    def notes(self) -> list[str]:
+        """Return what has been committed."""
+        return self.execute("SELECT text FROM notes ORDER BY id")
+
+    def includeme(self, config: Any) -> None:
+        """Give requests a ``dbsession`` that obeys ``request.tm``."""
+        config.add_request_method(self.session, "dbsession", reify=True)
+
+    def session(self, request: Any) -> Session:
+        session = self.sessions()
+        manager = getattr(request, "tm", transaction.manager)
+        zope.sqlalchemy.register(session, transaction_manager=manager)
+        return session
+
+    def close(self) -> None:
+        self.execute("DROP TABLE notes")
+        self.engine.dispose()
+
+
+@pytest.fixture
+def postgres(postgres_url: str) -> Iterator[Database]:
+    """A PostgreSQL database with an empty table."""
+    database = Database(postgres_url)
+    yield database
+    transaction.abort()
+    database.close()
+
+
+@pytest.fixture
+def sqlite(sqlite_url: str) -> Iterator[Database]:
+    """An SQLite database with an empty table."""
+    database = Database(sqlite_url)
+    yield database
+    transaction.abort()
+    database.close()
+
+
+@pytest.fixture(params=["postgres", "sqlite"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """A database with an empty table: once PostgreSQL, once SQLite."""
+    return request.getfixturevalue(request.param)

@@ -1,0 +1,104 @@
+"""A forked worker process opens database connections of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from ws_celery.lifecycle import dispose_engines
+
+#: Forks as a prefork pool does, and prints the PostgreSQL backend that each process talks to.
+PROGRAM = """
+import gc, os, sys
+from celery import signals
+from pyramid.config import Configurator
+from sqlalchemy import create_engine, text
+
+url, ini, preparation = sys.argv[1:]
+engine = create_engine(url)
+config = Configurator(settings={"ws_celery.config_uri": ini})
+config.include("ws_celery")
+app = config.make_celery_app()
+
+def backend():
+    with engine.connect() as connection:
+        return connection.execute(text("SELECT pg_backend_pid()")).scalar()
+
+print("parent", backend(), flush=True)
+exec(preparation)
+if (child := os.fork()) == 0:
+    try:
+        signals.worker_process_init.send(sender=None)
+        print("child", backend(), flush=True)
+    finally:
+        os._exit(0)
+os.waitpid(child, 0)
+print("parent", backend(), flush=True)
+signals.worker_process_init.send(sender=None)  # what the solo pool does
+print("parent", backend(), flush=True)
+"""
+
+
+@pytest.fixture
+def backends(postgres_url, write_ini):
+    """Run the program after a preparation; return whose backend was which."""
+    ini = write_ini("[celery]\nbroker_url = memory://")
+
+    def backends(preparation=""):
+        command = [sys.executable, "-c", PROGRAM, postgres_url, ini, preparation]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        lines = [line.split() for line in done.stdout.splitlines()]
+        return (
+            [pid for who, pid in lines if who == "parent"],
+            [pid for who, pid in lines if who == "child"],
+        )
+
+    return backends
+
+
+def test_a_forked_process_gets_a_connection_of_its_own(backends):
+    parent, (child,) = backends()
+
+    assert child not in parent
+
+
+def test_the_parent_keeps_its_connection(backends):
+    (before, after, _), _ = backends()
+
+    assert before == after
+
+
+def test_a_process_that_has_not_forked_keeps_its_connection(backends):
+    (*_, before, after), _ = backends()
+
+    assert before == after
+
+
+def test_an_engine_is_found_though_the_garbage_collector_is_frozen(backends):
+    """As programs do that want to share memory with their children."""
+    parent, (child,) = backends("gc.freeze()")
+
+    assert child not in parent
+
+
+def test_an_engine_with_options_is_no_obstacle(backends):
+    parent, (child,) = backends("other = engine.execution_options(isolation_level='SERIALIZABLE')")
+
+    assert child not in parent
+
+
+def test_connections_are_forgotten_and_not_closed(postgres):
+    with postgres.engine.connect() as connection:
+        pooled = connection.connection.driver_connection
+    dispose_engines()
+
+    assert postgres.engine.pool.checkedin() == 0
+    assert not pooled.closed
+    pooled.close()
+
+
+def test_an_application_without_a_database_has_nothing_to_forget():
+    program = "from ws_celery import lifecycle; lifecycle.dispose_engines()"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
