@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from ws_celery.masking import masked
 from ws_celery.options import kind_of
 from ws_celery.sections import Setting
 from ws_celery.settings import Configuration, read_configuration
-from ws_celery.tasks import CATEGORY, TaskProxy
+from ws_celery.tasks import CATEGORY, add_celery_task
 
 __all__ = ("includeme", "read_file")
 
@@ -42,31 +42,6 @@ def includeme(config: Any) -> None:
     config.add_subscriber(_watch_transactions, NewRequest)
     # Before PHASE3, where tasks are registered: `imports` is scanned here, which adds to them.
     config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
-
-
-def add_celery_task(
-    config: Any, target: TaskProxy | Callable[..., Any] | type, **options: Any
-) -> None:
-    """Register a task: the directive behind ``config.scan()``.
-
-    :param target: what ``@task`` left, or a function or task class, then with ``options`` as
-        ``@task`` takes them.
-    """
-    declared = target if isinstance(target, TaskProxy) else TaskProxy(target, options)
-    # `config.scan()` and `imports` usually find the same module: once is enough.
-    found = config.registry.__dict__.setdefault("_ws_celery_found", set())
-    if declared in found:
-        return
-    found.add(declared)
-    introspectable = config.introspectable(
-        "celery tasks", declared.name, repr(declared), "celery task"
-    )
-    introspectable["task"] = declared
-
-    def register() -> None:
-        declared.register(get_celery_app(config.registry))
-
-    config.action(("celery task", declared.name), register, introspectables=(introspectable,))
 
 
 def make_celery_app(config: Any) -> PyramidCelery:

@@ -15,7 +15,7 @@ from celery.local import Proxy
 from celery.utils.functional import head_from_fun
 from transaction.interfaces import NoTransaction
 
-from ws_celery.app import PyramidCelery, current_celery_app
+from ws_celery.app import PyramidCelery, current_celery_app, get_celery_app
 from ws_celery.dispatch import immediately
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.request import (
@@ -27,7 +27,15 @@ from ws_celery.request import (
     task_request,
 )
 
-__all__ = ("CATEGORY", "RequestAwareTask", "TaskProxy", "TransactionalTask", "celery_app", "task")
+__all__ = (
+    "CATEGORY",
+    "RequestAwareTask",
+    "TaskProxy",
+    "TransactionalTask",
+    "add_celery_task",
+    "celery_app",
+    "task",
+)
 
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
@@ -317,7 +325,33 @@ def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
 
 
 def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
-    scanner.config.add_celery_task(proxy)
+    # Not the directive: the scan may come before the include.
+    add_celery_task(scanner.config, proxy)
+
+
+def add_celery_task(
+    config: Any, target: TaskProxy | Callable[..., Any] | type, **options: Any
+) -> None:
+    """Register a task: the directive behind ``config.scan()``.
+
+    :param target: what ``@task`` left, or a function or task class, then with ``options`` as
+        ``@task`` takes them.
+    """
+    declared = target if isinstance(target, TaskProxy) else TaskProxy(target, options)
+    # `config.scan()` and `imports` usually find the same module: once is enough.
+    found = config.registry.__dict__.setdefault("_ws_celery_found", set())
+    if declared in found:
+        return
+    found.add(declared)
+    introspectable = config.introspectable(
+        "celery tasks", declared.name, repr(declared), "celery task"
+    )
+    introspectable["task"] = declared
+
+    def register() -> None:
+        declared.register(get_celery_app(config.registry))
+
+    config.action(("celery task", declared.name), register, introspectables=(introspectable,))
 
 
 class _CurrentCeleryApp(Proxy):

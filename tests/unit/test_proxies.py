@@ -10,7 +10,7 @@ import uuid
 import weakref
 
 import pytest
-from pyramid.config import Configurator
+from pyramid.config import Configurator, global_registries
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 from pyramid.interfaces import IIntrospectable
 from pyramid.threadlocal import RequestContext
@@ -336,6 +336,18 @@ def test_two_tasks_of_one_name_conflict(make_config):
 
     with pytest.raises(ConfigurationConflictError, match="celery task"):
         config.commit()
+
+
+def test_the_scan_may_come_before_the_include(write_ini, write_module):
+    ini = write_ini("[celery]\nbroker_url = memory://")
+    config = Configurator(settings={"ws_celery.config_uri": ini})
+
+    config.scan(write_module(TASKS))
+    config.include("ws_celery")
+
+    tasks = config.make_celery_app().tasks
+    assert "by-the-app" in tasks
+    global_registries.remove(config.registry)
 
 
 def test_a_task_of_imports_conflicts_with_another_one_of_its_name(make_config, write_module):

@@ -58,6 +58,8 @@ def load_celery_app(config_uri: str) -> PyramidCelery:
     except NotIncluded:
         raise NotIncluded(f"The application in {config_uri}") from None
     except ConfigurationExecutionError as error:
+        if isinstance(error.evalue, NotIncluded):
+            raise NotIncluded(f"The application in {config_uri}") from None
         if isinstance(error.evalue, WsCeleryError):
             raise error.evalue from None
         raise

@@ -87,7 +87,8 @@ def _run(config_uri: str) -> int:
     host, port = _address(loader.get_settings("server:main"))
     if _accepts(host, port):
         raise ConfigurationError(
-            f"Port {port} of {host} is in use. Stop what listens there, or choose another port."
+            f"Port {port} of {host} is in use. Stop what listens there, or choose another: "
+            "`listen` in [server:main], or --port of the demo."
         )
     message = f"Open http://{host}:{port}/ - Ctrl-C stops everything."
     with tempfile.TemporaryDirectory(prefix="ws-celery-dev-") as directory:
