@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from ws_celery.converters import Kind
-from ws_celery.keys import (
+from ws_celery.masking import MASK, is_secret
+from ws_celery.settings.keys import (
     ANNOTATION_KEYS,
     CALL_KEYS,
     ENTRY_KEYS,
@@ -21,8 +21,9 @@ from ws_celery.keys import (
     QUEUE_KEYS,
     TRANSPORT_KEYS,
 )
-from ws_celery.masking import MASK, is_secret
-from ws_celery.options import OLD_NAMES, OPTIONS, REMOVED
+from ws_celery.settings.kinds import Kind
+from ws_celery.settings.names import OLD_NAMES, REMOVED
+from ws_celery.settings.options import OPTIONS
 
 Rows = Iterator[tuple[str, ...]]
 

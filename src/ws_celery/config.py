@@ -16,12 +16,9 @@ from zope.interface import implementer
 from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.faults import Faults
 from ws_celery.interfaces import ICeleryApp, ICelerySource
 from ws_celery.masking import masked
-from ws_celery.options import kind_of
-from ws_celery.sections import Setting
-from ws_celery.settings import Configuration, read_configuration
+from ws_celery.settings import Configuration, Setting, read_configuration
 from ws_celery.tasks import CATEGORY, add_celery_task
 
 __all__ = ("includeme", "read_file")
@@ -139,7 +136,7 @@ def _introspect(config: Any, row: Setting) -> None:
     category, title = _CATEGORIES[row.category]
     introspectable = config.introspectable(category, row.name, row.name, title)
     introspectable["value"] = masked(row.name, row.value)
-    introspectable["type"] = kind_of(row.value)
+    introspectable["type"] = row.type
     introspectable["file"] = row.place.file
     introspectable["line"] = row.place.line
     introspectable["section"] = row.place.section
@@ -159,11 +156,10 @@ _CATEGORIES = {
 
 
 def _not_found(configuration: Configuration, error: ModuleNotFoundError) -> ConfigurationError:
-    rows = [row for row in configuration.rows if row.name in ("imports", "include")]
-    for row in rows:
-        if error.name in row.value or any(str(name).startswith(f"{error.name}.")
-                                          for name in row.value):  # fmt: skip
-            faults = Faults()
-            faults.at(row.place, str(error))
-            return ConfigurationError.of(faults)
+    missing = str(error.name)
+    for row in configuration.rows:
+        if row.name in ("imports", "include") and any(
+            f"{name}.".startswith(f"{missing}.") for name in row.value
+        ):
+            return ConfigurationError(row.place.fault(str(error)))
     return ConfigurationError(f"[celery] imports: {error}.")

@@ -1,129 +1,20 @@
-"""Text to schedule, and back: ``type``, ``schedule`` and ``timezone`` of a ``[celerybeat:NAME]``.
-
-Crontabs are :class:`ZonedCrontab`: Celery's own, told a time zone and made right for the hours that
-a change to or from summer time repeats or leaves out.
-"""
+"""Text to schedule, and back: ``type``, ``schedule``, ``timezone`` of ``[celerybeat:NAME]``."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta, timezone, tzinfo
-from functools import partial
+from datetime import timedelta
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import ParseException, crontab, crontab_parser, solar
-from celery.utils.time import ffwd
 
 from ws_celery.converters import Refused, json_value, nearest, period
+from ws_celery.zoned import ZonedCrontab
 
-__all__ = ("SCHEDULE_TYPES", "ZonedCrontab", "describe", "parse_schedule")
-
-_MINUTE = timedelta(minutes=1)
-#: No change of the clock is longer.
-_LONGEST_CHANGE = timedelta(hours=3)
-
-
-class ZonedCrontab(crontab):
-    """A crontab in a time zone of its own, which need not be the application's.
-
-    Where the clock goes back, a crontab for every hour runs through both passes of the repeated
-    hour, and one for certain hours runs in the first only. Where it goes forward, what falls into
-    the missing hour runs right after it, once.
-
-    :param zone: name of the time zone; the application's by default.
-    :param nowfun: returns the current time, for tests.
-    :param app: the Celery app.
-
-    The other parameters are those of :class:`celery.schedules.crontab`.
-    """
-
-    def __init__(
-        self,
-        *fields: Any,
-        zone: str | None = None,
-        nowfun: Callable[[], datetime] | None = None,
-        app: Any = None,
-        **named: Any,
-    ) -> None:
-        self.zone = zone
-        super().__init__(*fields, nowfun=nowfun, app=app, **named)
-
-    @property
-    def tz(self) -> tzinfo:
-        """The time zone that the fields are meant in."""
-        return ZoneInfo(self.zone) if self.zone else self.app.timezone
-
-    def now(self) -> datetime:
-        """Return the current time, in the zone where it has one."""
-        if self.nowfun or not self.zone:
-            return super().now()
-        return datetime.now(self.tz)
-
-    def remaining_estimate(self, last_run_at: datetime, ffwd: type = ffwd) -> timedelta:
-        """Return the time from now to the run that follows ``last_run_at``; negative if past."""
-        start, now = (self.maybe_make_aware(moment) for moment in (last_run_at, self.now()))
-        _, delta, _ = self.remaining_delta(start, ffwd=ffwd)
-        return self._following(start, start + delta) - now.astimezone(timezone.utc)
-
-    def maybe_make_aware(self, dt: datetime, *args: Any, **options: Any) -> datetime:
-        """Return ``dt`` in the zone of the fields."""
-        # Before 5.7 Celery leaves an aware time in the zone that it came in, or takes the wrong
-        # offset near a change.
-        aware = super().maybe_make_aware(dt, *args, **options) if dt.tzinfo is None else dt
-        return aware.astimezone(self.tz)
-
-    def _following(self, start: datetime, wall: datetime) -> datetime:
-        after = start.astimezone(timezone.utc)
-        due = _instant(wall, after)
-        changes = start.utcoffset() != wall.utcoffset() and due - after <= _LONGEST_CHANGE
-        if len(self.hour) == 24 and changes:
-            # Celery looks for the next hour on the clock: not for the one that comes twice.
-            moment = after.replace(second=0, microsecond=0) + _MINUTE
-            while moment < due:
-                if self._matches(moment.astimezone(self.tz)):
-                    return moment
-                moment += _MINUTE
-        return due
-
-    def _matches(self, local: datetime) -> bool:
-        return (
-            local.minute in self.minute
-            and local.month in self.month_of_year
-            and local.day in self.day_of_month
-            and local.isoweekday() % 7 in self.day_of_week
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        fields = (
-            self._orig_minute,
-            self._orig_hour,
-            self._orig_day_of_week,
-            self._orig_day_of_month,
-            self._orig_month_of_year,
-        )
-        return partial(type(self), zone=self.zone, nowfun=self.nowfun), fields
-
-    def __eq__(self, other: object) -> bool:
-        same = super().__eq__(other)
-        if same is not True:
-            return same
-        return bool(getattr(other, "zone", None) == self.zone)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _instant(wall: datetime, after: datetime) -> datetime:
-    """Return when a clock shows ``wall``: the first time that is later than ``after``."""
-    first = wall.replace(fold=0).astimezone(timezone.utc)
-    if first > after:
-        # A time that the clock leaves out becomes the one that far after the gap.
-        return first
-    # The clock shows it twice, and the first time is over; or it does not, and both are the same.
-    return wall.replace(fold=1).astimezone(timezone.utc)
+__all__ = ("SCHEDULE_TYPES", "describe", "parse_schedule")
 
 
 # --- Crontabs ---------------------------------------------------------------------------------
@@ -138,13 +29,29 @@ _FIELDS = {
 }
 _NAMES = {
     "month_of_year": (
-        "january", "february", "march", "april", "may", "june",
-        "july", "august", "september", "october", "november", "december",
+        "january",
+        "february",
+        "march",
+        "april",
+        "may",
+        "june",
+        "july",
+        "august",
+        "september",
+        "october",
+        "november",
+        "december",
     ),
     "day_of_week": (
-        "sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday",
+        "sunday",
+        "monday",
+        "tuesday",
+        "wednesday",
+        "thursday",
+        "friday",
+        "saturday",
     ),
-}  # fmt: skip
+}
 #: The longest that each month, from January, can be.
 _MONTH_LENGTHS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 _PART = re.compile(r"(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\w+))?", re.ASCII)
@@ -185,8 +92,9 @@ def _crontab_fields(value: Any) -> Mapping[str, Any]:
     for name in fields:
         if name not in _FIELDS:
             names = ", ".join(_FIELDS)
-            raise Refused(f"has the unknown field {name}; the fields are {names}",
-                          nearest(name, _FIELDS))  # fmt: skip
+            raise Refused(
+                f"has the unknown field {name}; the fields are {names}", nearest(name, _FIELDS)
+            )
     return fields
 
 
@@ -213,8 +121,9 @@ def _check_part(name: str, part: str) -> None:
     if step is None:
         return
     if match["first"] and not match["last"]:
-        raise Refused(f"has {name} = {part!r}, a step without a range",
-                      f"{match['first']}-{most}/{step}")  # fmt: skip
+        raise Refused(
+            f"has {name} = {part!r}, a step without a range", f"{match['first']}-{most}/{step}"
+        )
     if not step.isdigit() or not 1 <= int(step[:9]) <= most - least + 1:
         raise Refused(
             f"has {name} = {part!r}; a step is from 1 to {most - least + 1}", f"*/{most - least}"
@@ -240,8 +149,14 @@ def _check_number(name: str, text: str) -> None:
 # --- Periods and the sun ----------------------------------------------------------------------
 
 _PERIOD_UNITS = (
-    "weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds",
-)  # fmt: skip
+    "weeks",
+    "days",
+    "hours",
+    "minutes",
+    "seconds",
+    "milliseconds",
+    "microseconds",
+)
 
 
 def _timedelta(value: Any) -> timedelta:
@@ -254,8 +169,9 @@ def _timedelta(value: Any) -> timedelta:
     for name, amount in fields.items():
         if name not in _PERIOD_UNITS:
             units = ", ".join(_PERIOD_UNITS)
-            raise Refused(f"has the unknown unit {name}; the units are {units}",
-                          nearest(name, _PERIOD_UNITS))  # fmt: skip
+            raise Refused(
+                f"has the unknown unit {name}; the units are {units}", nearest(name, _PERIOD_UNITS)
+            )
         if isinstance(amount, bool) or not isinstance(amount, (int, float)):
             raise Refused(f"has {name} = {amount!r}, which is no number")
     return _positive(**fields)
@@ -298,8 +214,10 @@ def _solar(value: Any) -> solar:
     event = fields["event"]
     if event not in solar._all_events:
         events = ", ".join(sorted(solar._all_events))
-        raise Refused(f"has the unknown event {event!r}; the events are {events}",
-                      nearest(str(event), solar._all_events))  # fmt: skip
+        raise Refused(
+            f"has the unknown event {event!r}; the events are {events}",
+            nearest(str(event), solar._all_events),
+        )
     lat, lon = _degrees(fields, "lat", 90), _degrees(fields, "lon", 180)
     try:
         return solar(event, lat, lon)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ws_celery import keys
-from ws_celery.options import OPTIONS, REMOVED
+from ws_celery.settings import keys
+from ws_celery.settings.names import REMOVED
+from ws_celery.settings.options import OPTIONS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

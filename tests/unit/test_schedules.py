@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ws_celery.converters import Refused
-from ws_celery.schedules import SCHEDULE_TYPES, ZonedCrontab, describe, parse_schedule
+from ws_celery.schedules import SCHEDULE_TYPES, describe, parse_schedule
+from ws_celery.zoned import ZonedCrontab
 
 BERLIN = "Europe/Berlin"
 

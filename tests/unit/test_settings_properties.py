@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.inifile import Scan
-from ws_celery.keys import ANNOTATION_KEYS, ENTRY_KEYS, QUEUE_KEYS, ROUTE_KEYS
-from ws_celery.options import OLD_NAMES, OPTIONS, REMOVED
 from ws_celery.settings import read_configuration, survey
+from ws_celery.settings.inifile import Scan
+from ws_celery.settings.keys import ANNOTATION_KEYS, ENTRY_KEYS, QUEUE_KEYS, ROUTE_KEYS
+from ws_celery.settings.names import OLD_NAMES, REMOVED
+from ws_celery.settings.options import OPTIONS
 
 relaxed = settings(
     max_examples=100,

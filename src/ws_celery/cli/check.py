@@ -10,10 +10,9 @@ from pathlib import Path
 
 import click
 
-from ws_celery.checks import Finding, Report, examine, shown, type_of
+from ws_celery.checks import Finding, Report, examine, shown
 from ws_celery.cli.application import find_ini
-from ws_celery.faults import Place
-from ws_celery.sections import Setting
+from ws_celery.settings import Place, Setting
 
 __all__ = ("check",)
 
@@ -49,7 +48,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _table(report: Report) -> Iterator[str]:
-    rows = [(_name(row), shown(row), type_of(row), _origin(row.place)) for row in report.rows]
+    rows = [(_name(row), shown(row), row.type, _origin(row.place)) for row in report.rows]
     widths = [max(len(cell) for cell in column) for column in zip(_HEADINGS, *rows, strict=True)]
     # The value gives way where the terminal is narrow.
     room = shutil.get_terminal_size((120, 0)).columns - sum(widths) + widths[1] - 6

@@ -1,204 +1,32 @@
-"""What ``ws-celery check`` finds out: what was read from where, and what is wrong or doubtful."""
+"""What is wrong or doubtful with a loaded application: its broker, names, times and safety."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.settings import asbool
 
-from ws_celery.app import PyramidCelery, get_celery_app, load_registry
-from ws_celery.codecheck import engines_of_modules, modules_of, places_that_read_results
+from ws_celery.app import PyramidCelery
+from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
+from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker
-from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded
-from ws_celery.faults import Place
 from ws_celery.masking import masked, masked_text
-from ws_celery.options import WITHOUT_EFFECT, kind_of
-from ws_celery.schedules import describe
-from ws_celery.sections import Setting
-from ws_celery.settings import Configuration, survey
+from ws_celery.settings import Configuration
 
-__all__ = ("Finding", "Report", "examine")
-
-ERROR, WARNING, NOTE = "error", "warning", "note"
+__all__ = ("look_at_application",)
 
 #: Seconds after which a transport gives a message that is not acknowledged to another worker.
 _VISIBILITY = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
 _PATIENCE = 5
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that somebody should know.
-
-    :param severity: ``error``, ``warning`` or ``note``.
-    :param code: a short name that stays the same, for programs.
-    :param text: what it is, and the remedy.
-    :param file: where it is written, as far as that is known.
-    :param line: line in that file.
-    """
-
-    severity: str
-    code: str
-    text: str
-    file: str | None = None
-    line: int | None = None
-
-    def __str__(self) -> str:
-        place = ":".join(str(part) for part in (self.file, self.line) if part is not None)
-        return f"{place}: {self.text}" if place else self.text
-
-    @classmethod
-    def at(cls, place: Place | None, severity: str, code: str, text: str) -> Finding:
-        """Return the finding about what is written at ``place``."""
-        if place is None:
-            return cls(severity, code, text)
-        return cls(severity, code, text, place.file, place.line)
-
-
-@dataclass
-class Report:
-    """The result of :func:`examine`.
-
-    :param config_uri: what was examined.
-    :param rows: what was read.
-    :param findings: what was found, errors first.
-    """
-
-    config_uri: str
-    rows: list[Setting] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-
-    def exit_code(self, strict: bool = False) -> int:
-        """Return 2 if there are errors, 1 if ``strict`` and there are warnings, else 0."""
-        severities = {finding.severity for finding in self.findings}
-        if ERROR in severities:
-            return 2
-        return 1 if strict and WARNING in severities else 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold; secrets are masked."""
-        return {
-            "config_uri": self.config_uri,
-            "settings": [
-                {
-                    "category": row.category,
-                    "name": row.name,
-                    "value": shown(row),
-                    "type": type_of(row),
-                    "file": row.place.file,
-                    "line": row.place.line,
-                    "section": row.place.section,
-                    "key": row.place.key or None,
-                }
-                for row in self.rows
-            ],
-            "findings": [asdict(finding) for finding in self.findings],
-        }
-
-
-def shown(row: Setting) -> str:
-    """Return the value of a setting for people, on one line, its secrets masked."""
-    value = row.value
-    if row.category == "entry":
-        return f"{describe(value['schedule'])} -> {value['task']}"
-    if row.category == "queue":
-        kind = value.exchange.type
-        return f"exchange {value.exchange.name} ({kind}), routing key {value.routing_key}"
-    if row.category in ("route", "annotation"):
-        pairs = masked(row.name, value).items()
-        return ", ".join(f"{key} = {inner}" for key, inner in pairs)
-    value = masked(row.name, value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(getattr(each, "name", each)) for each in value)
-    return "none" if value is None else str(value)
-
-
-def type_of(row: Setting) -> str:
-    """Return the type of a setting, in one word."""
-    value = row.value["schedule"] if row.category == "entry" else row.value
-    return kind_of(value)
-
-
-def examine(config_uri: str) -> Report:
-    """Read a configuration, load its application, and look for what is wrong or doubtful.
-
-    The application is loaded only where its configuration is right. The broker is asked for a
-    connection; nothing is sent.
-
-    :param config_uri: what plaster takes.
-    """
-    configuration, faults = survey(config_uri)
-    report = Report(config_uri, configuration.rows)
-    report.findings += map(_fault, faults)
-    report.findings += _spellings(configuration)
-    report.findings += _root()
-    if not faults:
-        app = _load(config_uri, report)
-        if app is not None:
-            # What was set in code is in there, too.
-            configuration = app.configuration or configuration
-            report.rows = configuration.rows
-            report.findings += _application(app, configuration, config_uri)
-    order = (ERROR, WARNING, NOTE)
-    report.findings = sorted(
-        dict.fromkeys(report.findings), key=lambda finding: order.index(finding.severity)
-    )
-    return report
-
-
-def _fault(fault: Fault) -> Finding:
-    text = str(fault)
-    for part in (fault.file, fault.line):
-        text = text.removeprefix(f"{part}:") if part is not None else text
-    return Finding(ERROR, "configuration", text.strip(), fault.file, fault.line)
-
-
-def _spellings(configuration: Configuration) -> Iterator[Finding]:
-    for each in configuration.renamed:
-        yield Finding.at(each.place, WARNING, "old-name", f"{each.old} is {each.new} today")
-    for override in configuration.overrides:
-        yield Finding(NOTE, "environment", str(override))
-    for name, instead in WITHOUT_EFFECT.items():
-        if name in configuration.settings:
-            text = f"Celery does not read {name}, but {instead}"
-            yield Finding.at(_place(configuration, name), WARNING, "without-effect", text)
-
-
-def _root() -> Iterator[Finding]:
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        text = "this runs as root; give workers and beat a user without privileges"
-        yield Finding(WARNING, "root", text)
-
-
-def _load(config_uri: str, report: Report) -> PyramidCelery | None:
-    try:
-        return get_celery_app(load_registry(config_uri))
-    except NotIncluded:
-        text = str(NotIncluded(f"The application in {config_uri}"))
-    except ConfigurationExecutionError as error:
-        if isinstance(error.evalue, ConfigurationError):
-            report.findings += map(_fault, error.evalue.faults)
-            return None
-        text = f"the application cannot be loaded: {masked_text(str(error.evalue))}"
-    except ConfigurationError as error:
-        report.findings += map(_fault, error.faults)
-        return None
-    except Exception as error:  # noqa: BLE001  whatever the application does
-        reason = f"{type(error).__name__}: {masked_text(str(error))}"
-        text = f"the application cannot be loaded ({reason})"
-    report.findings.append(Finding(ERROR, "application", text))
-    return None
-
-
-def _application(
+def look_at_application(
     app: PyramidCelery, configuration: Configuration, config_uri: str
 ) -> Iterator[Finding]:
+    """Find what is wrong or doubtful; the broker is asked for a connection, nothing is sent."""
     yield from _broker(app, configuration)
     yield from _tasks(app, configuration)
     yield from _queues(app, configuration)
@@ -210,18 +38,13 @@ def _application(
     yield from _engines(app)
 
 
-def _place(configuration: Configuration, name: str) -> Place | None:
-    names = (name, f"{name}.")
-    return next((row.place for row in configuration.rows if row.name.startswith(names)), None)
-
-
 # --- The broker -------------------------------------------------------------------------------
 
 
 def _broker(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
     if app.conf.task_always_eager:
         return
-    place = _place(configuration, "broker_url")
+    place = configuration.place("broker_url")
     url = configuration.settings.get("broker_url")
     if isinstance(url, str) and url.startswith(SCHEME):
         if not EmbeddedBroker.from_url(url).is_running():
@@ -288,7 +111,7 @@ def _visibility(app: PyramidCelery, configuration: Configuration) -> Iterator[Fi
             f"visibility_timeout is {timeout} seconds, and {longest[1]} is {longest[0]}: a message "
             "is given to a second worker while the first still has it"
         )
-        place = _place(configuration, "broker_transport_options")
+        place = configuration.place("broker_transport_options")
         yield Finding.at(place, WARNING, "visibility-timeout", text)
 
 
@@ -328,11 +151,11 @@ def _is_development(app: PyramidCelery, config_uri: str) -> bool:
 def _for_development(configuration: Configuration) -> Iterator[Finding]:
     if configuration.settings.get("task_always_eager"):
         text = "tasks run in place, in the request (task_always_eager)"
-        yield Finding.at(_place(configuration, "task_always_eager"), WARNING, "eager", text)
+        yield Finding.at(configuration.place("task_always_eager"), WARNING, "eager", text)
     for name in ("broker_url", "result_backend"):
         if str(configuration.settings.get(name)).startswith(SCHEME):
             text = f"{name} is the embedded broker, which is for development"
-            yield Finding.at(_place(configuration, name), WARNING, "embedded", text)
+            yield Finding.at(configuration.place(name), WARNING, "embedded", text)
 
 
 def _pickle(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
@@ -340,7 +163,7 @@ def _pickle(app: PyramidCelery, configuration: Configuration) -> Iterator[Findin
         accepted: Iterable[str] = app.conf[name] or ()
         if {"pickle", "application/x-python-serialize"} & set(accepted):
             text = f"{name} has pickle: whoever can write to the broker can run any code here"
-            yield Finding.at(_place(configuration, name), WARNING, "pickle", text)
+            yield Finding.at(configuration.place(name), WARNING, "pickle", text)
 
 
 # --- Code -------------------------------------------------------------------------------------

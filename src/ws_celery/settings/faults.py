@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ws_celery.converters import Kind, Refused, nearest
+from ws_celery.converters import Refused, nearest
 from ws_celery.exceptions import Fault
 from ws_celery.masking import masked
+from ws_celery.settings.kinds import Kind
 
 __all__ = ("Faults", "Place", "Value")
 
@@ -32,6 +33,23 @@ class Place:
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
+    def fault(
+        self,
+        problem: str,
+        *,
+        value: object = None,
+        expected: str | None = None,
+        close: str | None = None,
+    ) -> Fault:
+        """Return what is wrong with the key here.
+
+        :param value: what stands there; masked if the key, or what it was meant to be, is a secret.
+        :param close: the legal name that is most like an unknown one.
+        """
+        name = f"{self.section} {self.key} {close or ''}"
+        shown = None if value is None else str(masked(name, value))
+        return Fault(problem, self.file, self.line, self.section, self.key, shown, expected, close)
+
     def key_beside(self, key: str) -> Place:
         """Return the place of a key that is missing here."""
         return Place(self.file, self.section, f"{self.key} {key}".lstrip(), self.line)
@@ -48,25 +66,9 @@ class Value:
 class Faults(list[Fault]):
     """What is wrong, as it is found."""
 
-    def at(
-        self,
-        place: Place,
-        problem: str,
-        *,
-        value: object = None,
-        expected: str | None = None,
-        close: str | None = None,
-    ) -> None:
-        """Add the fault of the key at ``place``.
-
-        :param value: what stands there; masked if the key, or what it was meant to be, is a secret.
-        :param close: the legal name that is most like an unknown one.
-        """
-        name = f"{place.section} {place.key} {close or ''}"
-        shown = None if value is None else str(masked(name, value))
-        self.append(
-            Fault(problem, place.file, place.line, place.section, place.key, shown, expected, close)
-        )
+    def at(self, place: Place, problem: str, **about: Any) -> None:
+        """Add what is wrong with the key at ``place``; see :meth:`Place.fault`."""
+        self.append(place.fault(problem, **about))
 
     @contextmanager
     def catching(self, value: Value, expected: str | None = None) -> Iterator[None]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ws_celery.converters import nearest
-from ws_celery.faults import Faults, Place, Value
-from ws_celery.inifile import Layer
-from ws_celery.options import OPTIONS, REMOVED, find_option, option_names
+from ws_celery.settings.faults import Faults, Place, Value
+from ws_celery.settings.layers import Layer
+from ws_celery.settings.names import REMOVED, find_option, option_names
+from ws_celery.settings.options import OPTIONS
 
 __all__ = ("Block", "Found", "Gathering", "Renamed")
 
@@ -81,8 +82,7 @@ class Gathering:
             for key, value in values.items():
                 self._find(layer, key, value)
         elif kind in _KINDS and not name:
-            self._faults.at(heading, "the section has no name",
-                            expected=f"[{kind}:{_KINDS[kind]}]")  # fmt: skip
+            self._faults.at(heading, "the section has no name", expected=f"[{kind}:{_KINDS[kind]}]")
         elif kind == "celery":
             self._find_keys(layer, name, heading, values)
         elif kind in _KINDS:
@@ -90,8 +90,12 @@ class Gathering:
             block.values.update({**values, **block.values})
         elif _meant_for_us(kind, colon):
             close = nearest(kind, _KINDS)
-            self._faults.at(heading, "this section is not known", expected=_SECTIONS,
-                            close=close and f"[{close}{colon}{name}]")  # fmt: skip
+            self._faults.at(
+                heading,
+                "this section is not known",
+                expected=_SECTIONS,
+                close=close and f"[{close}{colon}{name}]",
+            )
 
     def _find(self, layer: int, key: str, value: Value) -> None:
         written, _, inner = key.partition(".")
@@ -126,8 +130,12 @@ class Gathering:
             self._faults.at(value.place, problem, value=value.text)
             return
         close = nearest(written, option_names())
-        self._faults.at(value.place, "is no option of Celery", value=value.text,
-                        close=find_option(close) if close else None)  # fmt: skip
+        self._faults.at(
+            value.place,
+            "is no option of Celery",
+            value=value.text,
+            close=find_option(close) if close else None,
+        )
 
     def _add(self, name: str, new: Found) -> None:
         others = self.options.setdefault(name, [])

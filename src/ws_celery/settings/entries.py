@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ws_celery.converters import nearest
-from ws_celery.faults import Faults, Place, Value
-from ws_celery.keys import ENTRY_KEYS, ROUTE_KEYS, accept_keys
 from ws_celery.schedules import SCHEDULE_TYPES, parse_schedule
+from ws_celery.settings.faults import Faults, Place, Value
+from ws_celery.settings.keys import ENTRY_KEYS, ROUTE_KEYS, accept_keys
 
 __all__ = ("read_entry",)
 
@@ -62,8 +62,13 @@ def _timing(
         return None
     name = str(kind.text).strip()
     if name not in SCHEDULE_TYPES:
-        faults.at(kind.place, "is no type of schedule", value=name, expected=_TYPES,
-                  close=nearest(name, SCHEDULE_TYPES))  # fmt: skip
+        faults.at(
+            kind.place,
+            "is no type of schedule",
+            value=name,
+            expected=_TYPES,
+            close=nearest(name, SCHEDULE_TYPES),
+        )
         return None
     for key, types in (("timezone", ("crontab",)), ("relative", SCHEDULE_TYPES[1:4])):
         if keys.get(key) and name not in types:

@@ -6,22 +6,28 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ws_celery.converters import (
-    BOOL,
+from ws_celery.converters import Refused, nearest, untyped
+from ws_celery.settings.broker_kinds import (
+    COMPRESSION,
+    DELIVERY_MODE,
+    EXCHANGE_TYPE,
+    PRIORITY,
     RATE,
+    RETRY_POLICY,
+    SERIALIZER,
+)
+from ws_celery.settings.kinds import (
+    BOOL,
     SECONDS,
     TEXT,
+    ZONE,
     Kind,
-    Refused,
     choice,
     json_value_of,
     mapping,
-    nearest,
     number,
-    untyped,
     whole,
 )
-from ws_celery.options import CORRECTIONS, retry_policy
 
 __all__ = (
     "ANNOTATION_KEYS",
@@ -33,16 +39,10 @@ __all__ = (
     "ROUTE_KEYS",
     "TRANSPORT_KEYS",
     "accept_keys",
-    "nullable",
 )
 
-_PRIORITY = CORRECTIONS["task_default_priority"]
-_SERIALIZER = CORRECTIONS["task_serializer"]
-_COMPRESSION = CORRECTIONS["task_compression"]
-_EXCHANGE_TYPE = CORRECTIONS["task_default_exchange_type"]
 
-
-def nullable(kind: Kind) -> Kind:
+def _nullable(kind: Kind) -> Kind:
     """Return the same kind with ``none`` for a value as well."""
 
     def convert(text: str) -> Any:
@@ -57,19 +57,23 @@ def nullable(kind: Kind) -> Kind:
     )
 
 
+_SECONDS = _nullable(SECONDS)
+_WHOLE = _nullable(whole())
+_BOOL_OR_TEXT = Kind("bool or text", "true, false or text", "true", untyped, (bool,))
+
 #: Options of a call that end in the message's properties; Celery takes them from a route.
 MESSAGE_KEYS: dict[str, Kind] = {
     "queue": TEXT,
     "exchange": TEXT,
-    "exchange_type": _EXCHANGE_TYPE,
+    "exchange_type": EXCHANGE_TYPE,
     "routing_key": TEXT,
-    "priority": _PRIORITY,
-    "serializer": _SERIALIZER,
-    "compression": _COMPRESSION,
-    "delivery_mode": CORRECTIONS["task_default_delivery_mode"],
+    "priority": PRIORITY,
+    "serializer": SERIALIZER,
+    "compression": COMPRESSION,
+    "delivery_mode": DELIVERY_MODE,
     "expiration": SECONDS,
     "retry": BOOL,
-    "retry_policy": mapping('{"max_retries": 3}', retry_policy),
+    "retry_policy": RETRY_POLICY,
     "headers": mapping('{"tenant": "a"}'),
     "mandatory": BOOL,
     "immediate": BOOL,
@@ -97,9 +101,9 @@ ROUTE_KEYS: dict[str, Kind] = {**MESSAGE_KEYS, **CALL_KEYS}
 #: ``[celeryqueue:NAME]``.
 QUEUE_KEYS: dict[str, Kind] = {
     "exchange": TEXT,
-    "type": _EXCHANGE_TYPE,
+    "type": EXCHANGE_TYPE,
     "routing_key": TEXT,
-    "priority": _PRIORITY,
+    "priority": PRIORITY,
     "durable": BOOL,
     "auto_delete": BOOL,
     "exclusive": BOOL,
@@ -112,19 +116,19 @@ QUEUE_KEYS: dict[str, Kind] = {
 
 #: ``[celeryannotate:TASK]``: attributes of a task that are read when it is called or run.
 ANNOTATION_KEYS: dict[str, Kind] = {
-    "rate_limit": nullable(RATE),
-    "time_limit": nullable(SECONDS),
-    "soft_time_limit": nullable(SECONDS),
-    "max_retries": nullable(whole()),
+    "rate_limit": _nullable(RATE),
+    "time_limit": _SECONDS,
+    "soft_time_limit": _SECONDS,
+    "max_retries": _WHOLE,
     "default_retry_delay": SECONDS,
-    "expires": nullable(SECONDS),
-    "priority": nullable(_PRIORITY),
+    "expires": _SECONDS,
+    "priority": _nullable(PRIORITY),
     "queue": TEXT,
     "exchange": TEXT,
     "routing_key": TEXT,
-    "serializer": _SERIALIZER,
-    "compression": nullable(_COMPRESSION),
-    "delivery_mode": CORRECTIONS["task_default_delivery_mode"],
+    "serializer": SERIALIZER,
+    "compression": _nullable(COMPRESSION),
+    "delivery_mode": DELIVERY_MODE,
     "ignore_result": BOOL,
     "store_eager_result": BOOL,
     "store_errors_even_if_ignored": BOOL,
@@ -133,9 +137,9 @@ ANNOTATION_KEYS: dict[str, Kind] = {
     "send_events": BOOL,
     "acks_late": BOOL,
     "acks_on_failure_or_timeout": BOOL,
-    "acks_on_failure": nullable(BOOL),
-    "acks_on_timeout": nullable(BOOL),
-    "reject_on_worker_lost": nullable(BOOL),
+    "acks_on_failure": _nullable(BOOL),
+    "acks_on_timeout": _nullable(BOOL),
+    "reject_on_worker_lost": _nullable(BOOL),
     "retry_on_worker_lost": BOOL,
     "resultrepr_maxsize": whole(),
 }
@@ -149,7 +153,7 @@ ENTRY_KEYS: dict[str, Kind] = {
     "args": _ARGS,
     "kwargs": _KWARGS,
     "options": _KWARGS,
-    "timezone": CORRECTIONS["timezone"],
+    "timezone": ZONE,
     "relative": BOOL,
     "enabled": BOOL,
 }
@@ -157,31 +161,47 @@ ENTRY_KEYS: dict[str, Kind] = {
 #: Keys of transport options and the like that would be mistaken for another type. The rest has the
 #: type that its text looks like.
 TRANSPORT_KEYS: dict[str, Kind] = {
-    **dict.fromkeys(
-        ("visibility_timeout", "socket_timeout", "socket_connect_timeout", "polling_interval",
-         "health_check_interval", "unacked_restore_interval"),
-        nullable(SECONDS),
-    ),
-    **dict.fromkeys(
-        ("fanout_prefix", "fanout_patterns"),
-        Kind("bool or text", "true, false or text", "true", untyped, (bool,)),
-    ),
-    **dict.fromkeys(
-        ("socket_keepalive", "retry_on_timeout", "confirm_publish", "login_method_strict",
-         "is_secure", "store_processed"),
-        BOOL,
-    ),
-    **dict.fromkeys(
-        ("global_keyprefix", "queue_name_prefix", "master_name", "region", "data_folder_in",
-         "data_folder_out", "processed_folder", "control_folder", "client_name", "sep",
-         "unacked_key", "unacked_index_key", "unacked_mutex_key", "username", "password", "user",
-         "database", "taskmeta_collection", "groupmeta_collection"),
-        TEXT,
-    ),
-    **dict.fromkeys(("max_connections", "max_retries", "wait_time_seconds"), nullable(whole())),
-    **dict.fromkeys(("interval_start", "interval_step", "interval_max"), number()),
+    "client_name": TEXT,
+    "confirm_publish": BOOL,
+    "control_folder": TEXT,
+    "data_folder_in": TEXT,
+    "data_folder_out": TEXT,
+    "database": TEXT,
+    "fanout_patterns": _BOOL_OR_TEXT,
+    "fanout_prefix": _BOOL_OR_TEXT,
+    "global_keyprefix": TEXT,
+    "groupmeta_collection": TEXT,
+    "health_check_interval": _SECONDS,
+    "interval_max": number(),
+    "interval_start": number(),
+    "interval_step": number(),
+    "is_secure": BOOL,
+    "login_method_strict": BOOL,
+    "master_name": TEXT,
+    "max_connections": _WHOLE,
+    "max_retries": _WHOLE,
+    "password": TEXT,
+    "polling_interval": _SECONDS,
+    "processed_folder": TEXT,
+    "queue_name_prefix": TEXT,
     "queue_order_strategy": choice("strategy", "round_robin", "priority", "sorted"),
-}  # fmt: skip
+    "region": TEXT,
+    "retry_on_timeout": BOOL,
+    "sep": TEXT,
+    "socket_connect_timeout": _SECONDS,
+    "socket_keepalive": BOOL,
+    "socket_timeout": _SECONDS,
+    "store_processed": BOOL,
+    "taskmeta_collection": TEXT,
+    "unacked_index_key": TEXT,
+    "unacked_key": TEXT,
+    "unacked_mutex_key": TEXT,
+    "unacked_restore_interval": _SECONDS,
+    "user": TEXT,
+    "username": TEXT,
+    "visibility_timeout": _SECONDS,
+    "wait_time_seconds": _WHOLE,
+}
 
 #: Settings of our own, ``ws_celery.*`` in the application's section.
 OUR_SETTINGS: dict[str, Kind] = {

@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kombu import Exchange, Queue
+from kombu import Queue
 
 from ws_celery.converters import Refused, untyped
-from ws_celery.entries import read_entry
-from ws_celery.faults import Faults, Place, Value
-from ws_celery.gather import Block, Found, Gathering
-from ws_celery.inifile import Layer
-from ws_celery.keys import (
+from ws_celery.settings.entries import read_entry
+from ws_celery.settings.faults import Faults, Place, Value
+from ws_celery.settings.gathering import Block, Found, Gathering
+from ws_celery.settings.keys import (
     ANNOTATION_KEYS,
     CALL_KEYS,
     QUEUE_KEYS,
     ROUTE_KEYS,
     TRANSPORT_KEYS,
-    accept_keys,
 )
-from ws_celery.options import OPTIONS, Option
+from ws_celery.settings.layers import Layer
+from ws_celery.settings.options import OPTIONS, Option
+from ws_celery.settings.queues import given_queues, make_queue
 
 __all__ = ("Sections", "Setting")
 
@@ -45,6 +45,12 @@ class Setting:
     name: str
     value: Any
     place: Place
+
+    @property
+    def type(self) -> str:
+        """Name of the value's type, for people."""
+        value = self.value["schedule"] if self.category == "entry" else self.value
+        return "none" if value is None else type(value).__name__
 
 
 class Sections:
@@ -131,14 +137,14 @@ class Sections:
         if given is not None:
             place = self._place("task_queues")
             with self._faults.catching(Value(None, place)):
-                queues += _given_queues(given)
+                queues += given_queues(given)
                 self._replace("task_queues", queues[:])
         for name, block in blocks.items():
             keys = self._faults.typed(block.values, QUEUE_KEYS)
             if any(queue.name == name for queue in queues):
                 self._double(block, name, "task_queues")
                 continue
-            queues.append(_queue(name, keys))
+            queues.append(make_queue(name, keys))
             self.rows.append(Setting("queue", name, queues[-1], block.place))
         if queues:
             self.settings["task_queues"] = queues
@@ -149,8 +155,11 @@ class Sections:
         annotations: dict[str, Any] = {}
         for task, block in blocks.items():
             if "*" in task and task != "*":
-                self._faults.at(block.place, "a glob does not work here", expected="a task's name, "
-                                "or * for all tasks")  # fmt: skip
+                self._faults.at(
+                    block.place,
+                    "a glob does not work here",
+                    expected="a task's name, or * for all tasks",
+                )
             annotations[task] = self._keys_of(block, ANNOTATION_KEYS)
             self.rows.append(Setting("annotation", task, annotations[task], block.place))
         self._combine("task_annotations", annotations, blocks)
@@ -161,8 +170,11 @@ class Sections:
         routes: dict[str, Any] = {}
         for task, block in blocks.items():
             if "*" not in task and set("?[]") & set(task):
-                self._faults.at(block.place, "a glob without * is a task's name to Celery",
-                                expected="a glob with *, or a task's name")  # fmt: skip
+                self._faults.at(
+                    block.place,
+                    "a glob without * is a task's name to Celery",
+                    expected="a glob with *, or a task's name",
+                )
             keys = self._keys_of(block, ROUTE_KEYS)
             call = {key: value for key, value in keys.items() if key in CALL_KEYS}
             if call:
@@ -220,8 +232,9 @@ class Sections:
 
     def _keys_of(self, block: Block, kinds: Mapping[str, Any]) -> dict[str, Any]:
         if not block.values:
-            self._faults.at(block.place, "the section is empty",
-                            expected=f"one of {', '.join(kinds)}")  # fmt: skip
+            self._faults.at(
+                block.place, "the section is empty", expected=f"one of {', '.join(kinds)}"
+            )
         return self._faults.typed(block.values, kinds)
 
     def _place(self, option: str) -> Place:
@@ -242,47 +255,3 @@ def _at(value: Any, path: str | None) -> Any:
     for name in (path or "").split("."):
         value = value[name]
     return value
-
-
-def _given_queues(given: Any) -> list[Queue]:
-    if isinstance(given, Mapping):
-        given = [{"name": name, **_mapping(options)} for name, options in given.items()]
-    queues = [_given_queue(each) for each in given]
-    names = [queue.name for queue in queues]
-    if len(set(names)) < len(names):
-        raise Refused("has a queue twice")
-    return queues
-
-
-def _mapping(options: Any) -> Mapping[str, Any]:
-    if not isinstance(options, Mapping):
-        raise Refused("has a queue whose options are no object")
-    return options
-
-
-def _given_queue(given: Any) -> Queue:
-    if isinstance(given, Queue):
-        return given
-    if isinstance(given, str) and given:
-        return _queue(given, {})
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise Refused("has an item that is neither a queue's name nor an object with one")
-    options = {key: value for key, value in given.items() if key != "name"}
-    return _queue(given["name"], accept_keys(options, QUEUE_KEYS))
-
-
-def _queue(name: str, keys: Mapping[str, Any]) -> Queue:
-    """Return a queue; where exchange and routing key are not given, they are the queue's own.
-
-    Celery's own default would bind it to the default exchange with the default routing key: it
-    would take part of what is meant for the default queue.
-    """
-    options = dict(keys)
-    exchange = Exchange(
-        options.pop("exchange", name),
-        type=options.pop("type", "direct"),
-        durable=options.get("durable", True),
-    )
-    if "priority" in options:
-        options["max_priority"] = options.pop("priority")
-    return Queue(name, exchange, options.pop("routing_key", name), **options)
