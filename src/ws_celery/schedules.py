@@ -27,33 +27,26 @@ _FIELDS = {
     "month_of_year": (1, 12),
     "day_of_week": (0, 6),
 }
-_NAMES = {
-    "month_of_year": (
-        "january",
-        "february",
-        "march",
-        "april",
-        "may",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-    ),
-    "day_of_week": (
-        "sunday",
-        "monday",
-        "tuesday",
-        "wednesday",
-        "thursday",
-        "friday",
-        "saturday",
-    ),
-}
+_MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
+_DAYS = ["sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday"]
+_NAMES = {"month_of_year": _MONTHS, "day_of_week": _DAYS}
 #: The longest that each month, from January, can be.
 _MONTH_LENGTHS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+#: Other programs' words for midnight, Sunday and the full hour.
+_OTHER_ZEROS = {("hour", "24"), ("day_of_week", "7"), ("minute", "60")}
 _PART = re.compile(r"(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\w+))?", re.ASCII)
 
 
@@ -132,31 +125,20 @@ def _check_part(name: str, part: str) -> None:
 
 def _check_number(name: str, text: str) -> None:
     least, most = _FIELDS[name]
-    names = _NAMES.get(name, ())
+    names = _NAMES.get(name, [])
     if text.isdigit() and least <= int(text[:9]) <= most:
         return
     if len(text) >= 3 and any(each.startswith(text) for each in names):
         return
     short = [each[:3] for each in names]
     words = f" or {', '.join(short)}" if short else ""
-    # 24 and 7 are other programs' words for midnight and Sunday.
-    close = {("hour", "24"): "0", ("day_of_week", "7"): "0", ("minute", "60"): "0"}.get(
-        (name, text), nearest(text, short) if short else None
-    )
+    close = "0" if (name, text) in _OTHER_ZEROS else nearest(text, short)
     raise Refused(f"has {name} = {text!r}; {name} is from {least} to {most}{words}", close)
 
 
 # --- Periods and the sun ----------------------------------------------------------------------
 
-_PERIOD_UNITS = (
-    "weeks",
-    "days",
-    "hours",
-    "minutes",
-    "seconds",
-    "milliseconds",
-    "microseconds",
-)
+_PERIOD_UNITS = ["weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"]
 
 
 def _timedelta(value: Any) -> timedelta:
@@ -229,7 +211,7 @@ def _degrees(fields: Mapping[str, Any], name: str, most: int) -> float:
     try:
         degrees = float(fields[name])
     except (TypeError, ValueError):
-        degrees = float("nan")
+        degrees = math.nan
     if not -most <= degrees <= most:
         raise Refused(f"has {name} = {fields[name]!r}; {name} is from -{most} to {most}")
     return degrees

@@ -4,67 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import textwrap
 
 import pytest
-from pyramid.config import global_registries
 
 from ws_celery.checks import examine
 from ws_celery.cli import main
-
-APPLICATION = """
-from pyramid.config import Configurator
-from ws_celery import task
-
-@task(name="known", bind=True)
-def known(self, request):
-    pass
-
-{code}
-
-def app(global_config, **settings):
-    config = Configurator(settings=settings)
-    config.include("ws_celery")
-    config.scan(__name__)
-    return config.make_wsgi_app()
-"""
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """Write an application and its INI file; returns the file's path."""
-    module = f"checked_{tmp_path.name}".replace("-", "_")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = list(global_registries)
-
-    def write(text, code="", name="production.ini", app="", broker="memory://"):
-        (tmp_path / f"{module}.py").write_text(APPLICATION.format(code=textwrap.dedent(code)))
-        path = tmp_path / name
-        path.write_text(
-            f"[app:main]\npaste.app_factory = {module}:app\n"
-            f"ws_celery.config_uri = %(__file__)s\n{textwrap.dedent(app)}\n"
-            f"[celery]\nbroker_url = {broker}\n{textwrap.dedent(text)}"
-        )
-        return str(path)
-
-    yield write
-    sys.modules.pop(module, None)
-    for registry in list(global_registries):
-        if registry not in before:
-            global_registries.remove(registry)
-
-
-@pytest.fixture
-def found(site, monkeypatch):
-    """Examine; returns code to finding. Whoever runs the tests is no root."""
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-
-    def find(*args, **options):
-        findings = examine(site(*args, **options)).findings
-        return {finding.code: finding for finding in findings}
-
-    return find
 
 
 def test_a_configuration_without_doubts_has_no_findings(found):
@@ -98,35 +42,6 @@ def test_a_route_for_no_registered_task_is_a_warning(found, section):
 
 def test_a_route_for_a_registered_task_is_none(found):
     assert found("[celeryroute:kno*]\npriority = 1\n[celeryroute:known]\npriority = 2\n") == {}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "task_time_limit = 2h",
-        "[celeryannotate:known]\ntime_limit = 2h",
-        "[celeryroute:known]\ncountdown = 2h",
-        '[celerybeat:a]\ntask = known\ntype = integer\nschedule = 1\noptions = {"countdown": 7200}',
-    ],
-)
-def test_a_time_longer_than_the_visibility_timeout_is_a_warning(found, redis_or_skip, text):
-    finding = found(text, broker=redis_or_skip)["visibility-timeout"]
-
-    assert finding.severity == "warning"
-    assert "visibility_timeout is 3600 seconds, and " in finding.text
-    assert "is 7200" in finding.text
-
-
-@pytest.fixture
-def redis_or_skip():
-    redis = pytest.importorskip("redis", reason="the redis client is not installed")
-    url = "redis://127.0.0.1:6379/9"
-    try:
-        with redis.Redis.from_url(url) as client:
-            client.ping()
-    except redis.ConnectionError:
-        pytest.skip("no Redis answers on 127.0.0.1:6379")
-    return url
 
 
 def test_eager_mode_is_a_warning_outside_of_development(found, site):
@@ -182,7 +97,6 @@ def test_results_that_are_read_with_a_backend_are_none(found):
 
 
 def test_an_engine_made_at_import_is_a_warning_if_the_pool_forks(found):
-    pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
     code = 'from sqlalchemy import create_engine\nengine = create_engine("sqlite://")'
 
     finding = found("", code)["engine-at-import"]

@@ -62,8 +62,6 @@ def test_a_number_of_seconds_may_be_whole_or_not():
     "text", ["sunset 52.5 13.4", '{"event": "sunset", "lat": 52.5, "lon": 13.4}']
 )
 def test_the_sun_has_an_event_and_a_place(text):
-    pytest.importorskip("ephem", reason="solar schedules need ephem")
-
     schedule = parse_schedule("solar", text)
 
     assert isinstance(schedule, solar)

@@ -30,27 +30,35 @@ def merge_app_settings(
     :param own: the layer of the application's own file.
     :param settings: Pyramid's settings; those of the file's ``[app:...]`` section if not given.
     """
-    section = _section_name(config_uri)
-    if settings is None:
-        given = own.sections.get(section, {})
-        settings = {key: value.text for key, value in given.items()}
-    places = _places(own, section)
-    for key, text in settings.items():
-        if not is_app_key(key):
-            continue
-        place = places.get(key) or Place("the application's settings", "app", key)
-        try:
-            value = Value(expand_environment(text) if isinstance(text, str) else text, place)
-        except ValueError as error:
-            faults.at(place, str(error))
-            continue
+    for key, value in _app_values(own, config_uri, settings, faults).items():
         if key.startswith("celery."):
             _add_to_celery(own, key.removeprefix("celery."), value, faults)
         elif key in OUR_SETTINGS:
             faults.typed({key: value}, OUR_SETTINGS)
         else:
             close = nearest(key, OUR_SETTINGS)
-            faults.at(place, "is no setting of ws_celery", value=value.text, close=close)
+            faults.at(value.place, "is no setting of ws_celery", value=value.text, close=close)
+
+
+def _app_values(
+    own: Layer, config_uri: str | None, settings: Mapping[str, Any] | None, faults: Faults
+) -> dict[str, Value]:
+    section = _section_name(config_uri)
+    if settings is None:
+        return {k: value for k, value in own.sections.get(section, {}).items() if is_app_key(k)}
+    values = {}
+    places = _places(own, section)
+    for key, given in settings.items():
+        if not is_app_key(key):
+            continue
+        place = places.get(key) or Place("the application's settings", "app", key)
+        try:
+            # Pyramid has got them as they are written.
+            text = expand_environment(given) if isinstance(given, str) else given
+            values[key] = Value(text, place)
+        except ValueError as error:
+            faults.at(place, str(error))
+    return values
 
 
 def _section_name(config_uri: str | None) -> str:

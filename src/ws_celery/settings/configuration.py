@@ -48,8 +48,7 @@ class Configuration:
 
     def place(self, option: str) -> Place | None:
         """Return where an option, or the first of its keys, is written."""
-        names = (row for row in self.rows if row.name.partition(".")[0] == option)
-        return next((row.place for row in names), None)
+        return next((row.place for row in self.rows if row.belongs_to(option)), None)
 
     def report(self) -> None:
         """Log, one line each, what somebody who reads the files would not expect."""

@@ -73,16 +73,12 @@ def obey_environment(
             faults.append(Fault(problem, "environment", key=option))
             continue
         variable, text = next(iter(given.items()))
-        before = len(faults)
         place = Place("environment", "", variable)
         with faults.catching(Value(text, place), OPTIONS[option].kind.expected):
-            value = _from_environment(option, text)
-        if len(faults) > before:
-            continue
-        beaten = next((row for row in rows if row.name == option), None)
-        if beaten is None or beaten.value != value:
-            overrides.append(Override(option, variable, text, beaten))
-        settings[option] = value
+            settings[option] = value = _from_environment(option, text)
+            beaten = next((row for row in rows if row.name == option), None)
+            if beaten is None or beaten.value != value:
+                overrides.append(Override(option, variable, text, beaten))
     return overrides
 
 

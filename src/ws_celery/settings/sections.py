@@ -52,6 +52,10 @@ class Setting:
         value = self.value["schedule"] if self.category == "entry" else self.value
         return "none" if value is None else type(value).__name__
 
+    def belongs_to(self, option: str) -> bool:
+        """Tell whether this is an option, or a key of its mapping."""
+        return self.category == "option" and self.name.partition(".")[0] == option
+
 
 class Sections:
     """Reads layers, the nearest first; its attributes are the result.
@@ -238,7 +242,7 @@ class Sections:
         return self._faults.typed(block.values, kinds)
 
     def _place(self, option: str) -> Place:
-        return next(row.place for row in self.rows if row.name.partition(".")[0] == option)
+        return next(row.place for row in self.rows if row.belongs_to(option))
 
     def _replace(self, option: str, value: Any) -> None:
         self.rows = [replace(row, value=value) if row.name == option else row for row in self.rows]
