@@ -97,6 +97,10 @@ def _seconds(text: str) -> float:
     return int(seconds) if seconds.is_integer() else seconds
 
 
+#: More than any number that is meant; a period of so many seconds can still be added to a date.
+_HUGE = 10**9
+
+
 def _within(least: float, most: float) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if math.isnan(value) or not least <= value <= most:
@@ -106,21 +110,19 @@ def _within(least: float, most: float) -> Callable[[Any], Any]:
     return check
 
 
-def _range(least: float, most: float, unlimited: str) -> str:
-    return unlimited if math.isinf(most) else f"from {least} to {most}"
+def _range(least: float, most: float) -> str:
+    return f"of at least {least}" if most >= _HUGE else f"from {least} to {most}"
 
 
 def whole(least: int = 0, most: float = math.inf, example: str = "4") -> Kind:
     """Return the kind of whole numbers in a range."""
-    words = f"a whole number {_range(least, most, f'of at least {least}')}"
+    words = f"a whole number {_range(least, most)}"
     return Kind("int", words, example, _int, (int,), _within(least, most))
 
 
-def number(least: float = 0, most: float = 10**9, example: str = "1.5") -> Kind:
+def number(least: float = 0, most: float = _HUGE, example: str = "1.5") -> Kind:
     """Return the kind of numbers in a range."""
-    words = f"a number {_range(least, most, f'of at least {least}')}"
-    if most == 10**9:
-        words = f"a number of at least {least}"
+    words = f"a number {_range(least, most)}"
     return Kind("float", words, example, _float, (int, float), _within(least, most))
 
 
@@ -212,12 +214,12 @@ def mapping(example: str, finish: Callable[[Any], Any] = dict) -> Kind:
     return Kind("dict", "a JSON object", example, json_value_of(dict), (Mapping,), check)
 
 
-def json_value_of(*types: type) -> Callable[[str], Any]:
-    """Return the converter of JSON texts that hold one of ``types``."""
+def json_value_of(wanted: type) -> Callable[[str], Any]:
+    """Return the converter of JSON texts that hold a value of the type ``wanted``."""
 
     def convert(text: str) -> Any:
         value = json_value(text)
-        if not isinstance(value, types):
+        if not isinstance(value, wanted):
             raise Refused
         return value
 
