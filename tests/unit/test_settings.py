@@ -688,3 +688,11 @@ def test_what_could_be_read_is_there_although_something_is_wrong(ini):
 
     assert configuration.settings == {"broker_url": "memory://"}
     assert len(found) == 1
+
+
+def test_the_section_of_the_application_is_interpolated_once(ini):
+    path = ini("[app:main]\ncelery.task_default_queue = $${A}\n[celery]\nbroker_url = memory://\n")
+    settings = {"celery.task_default_queue": "$${A}"}
+
+    assert read_configuration(path).settings["task_default_queue"] == "${A}"
+    assert read_configuration(path, settings).settings["task_default_queue"] == "${A}"
