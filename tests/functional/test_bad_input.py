@@ -47,7 +47,7 @@ def test_no_ini_file_is_given(run):
 def test_the_celery_section_is_missing(ini, run):
     replace(ini, r"^\[celery\]$", "[cellery]")
 
-    check_refused(run("worker", "--ini", str(ini)), str(ini), "[celery]", "missing")
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "[cellery]", "mean [celery]?")
 
 
 def test_the_application_section_is_missing(ini, run):

@@ -23,6 +23,7 @@ from ws_celery.exceptions import (
     TaskNotRegistered,
     WsCeleryError,
 )
+from ws_celery.settings import ini_variables
 
 __all__ = ("READY_VARIABLE", "check_schedule", "find_ini", "load_celery_app")
 
@@ -104,7 +105,7 @@ def _set_up_logging(loader: Any) -> None:
             if given("logfile") is ParameterSource.COMMANDLINE and logfile:
                 _set_file(logfile)
 
-    loader.setup_logging()
+    loader.setup_logging(ini_variables())
     # Celery configures logging only where nobody is connected.
     signals.setup_logging.connect(keep, weak=False)
 

@@ -21,9 +21,9 @@ from ws_celery.app import INI_VARIABLE, load_registry
 from ws_celery.cli.application import READY_VARIABLE, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
-from ws_celery.config import read_file
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
+from ws_celery.settings import ini_variables, read_configuration
 
 __all__ = ("demo", "dev")
 
@@ -101,12 +101,16 @@ def _run(config_uri: str) -> int:
             _program("beat", config_uri),
             Program(
                 "web",
-                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri),
+                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri, *_variables()),
                 ready=lambda: _accepts(host, port),
                 stop_signal=signal.SIGINT,  # what pserve takes for a wish to finish
             ),
         ]
         return Processes(programs, lambda: click.secho(message, bold=True)).run()
+
+
+def _variables() -> list[str]:
+    return [f"{name}={value}" for name, value in ini_variables().items()]
 
 
 def _program(command: str, config_uri: str, *options: str, **attributes: Any) -> Program:
@@ -122,9 +126,8 @@ def _broker_program(config_uri: str) -> Iterator[Program]:
 
 
 def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
-    url = str(read_file(config_uri).get("broker_url"))
-    # Celery lets the variable beat the configuration.
-    if os.environ.get("CELERY_BROKER_URL") or not url.startswith(SCHEME):
+    url = read_configuration(config_uri).settings.get("broker_url")
+    if not isinstance(url, str) or not url.startswith(SCHEME):
         return None
     broker = EmbeddedBroker.from_url(url)
     if broker.is_running():
