@@ -83,8 +83,8 @@ def reloaded() -> None:
 
 
 def _run(config_uri: str) -> int:
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
-    host, port = _address(loader.get_settings("server:main"))
+    broker = list(_broker_program(config_uri))  # first, because it reads the file and can explain
+    host, port = _address(config_uri)
     if _accepts(host, port):
         raise ConfigurationError(
             f"Port {port} of {host} is in use. Stop what listens there, or choose another: "
@@ -95,7 +95,7 @@ def _run(config_uri: str) -> int:
         worker_ready = Path(directory, "worker-ready")
         os.environ[READY_VARIABLE] = str(worker_ready)
         programs = [
-            *_broker_program(config_uri),
+            *broker,
             # What is wrong with the configuration is said once, by the worker, which comes first.
             _program("worker", config_uri, "--without-mingle", ready=worker_ready.exists),
             _program("beat", config_uri),
@@ -138,11 +138,20 @@ def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
     return broker
 
 
-def _address(settings: dict[str, str]) -> tuple[str, int]:
+def _address(config_uri: str) -> tuple[str, int]:
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    if "server:main" not in loader.get_sections():
+        raise ConfigurationError(
+            f"{config_uri}: the section [server:main] is missing; it says where the web server "
+            "listens. With waitress: `use = egg:waitress#main` and `listen = 127.0.0.1:6543`."
+        )
+    settings = loader.get_settings("server:main")
     if "listen" in settings:
         host, _, port = settings["listen"].split()[0].rpartition(":")
     else:
         host, port = settings.get("host", ""), settings.get("port", "8080")
+    if not port.isdigit():
+        raise ConfigurationError(f"{config_uri}: [server:main] has no port, but {port!r}.")
     wildcard = host in ("", "*", "0.0.0.0", "[::]")  # noqa: S104 - recognised, not bound
     return "127.0.0.1" if wildcard else host.strip("[]"), int(port)
 
