@@ -164,8 +164,8 @@ class TransactionalTask(RequestAwareTask):
 
     Tasks dispatched by the function leave when it has committed. ``self.retry()`` aborts and is
     sent; ``self.replace()`` and ``raise Ignore()`` commit; ``raise Reject()`` and a doomed
-    transaction abort. Without the outbox a task runs at least as often as it is delivered: a
-    worker that dies in the middle loses it, unless ``acks_late`` is set.
+    transaction abort. A worker that dies in the middle of a run loses the task; with ``acks_late``
+    it is delivered again, and may then run twice.
     """
 
     abstract = True
@@ -368,7 +368,8 @@ def add_imported_task(config: Any, declared: TaskProxy) -> None:
     other = app.declared.get(declared.name)
     if other is None:
         declared.register(app)
-        _introspectable(config, declared).register(config.introspector, config.action_info)
+        if config.introspection:
+            _introspectable(config, declared).register(config.introspector, config.action_info)
     elif other is not declared:
         raise ConfigurationError(
             f"[celery] imports: {other.target} and {declared.target} are both tasks called "
