@@ -494,6 +494,14 @@ def test_what_a_performed_task_sends_is_captured(app):
     assert app.names() == []
 
 
+@pytest.mark.filterwarnings("ignore:Exception raised outside body:RuntimeWarning")
+def test_what_follows_a_run_and_cannot_be_sent_is_raised(app):
+    with capture() as sent:
+        chain(add.s(1), add.s(2, 3, 4)).apply_async()
+        with pytest.raises(TypeError, match="argument"):
+            sent.drain()
+
+
 def test_the_requests_of_tasks_get_the_environ_and_a_manager_of_their_own(app, tm):
     flushed = []
     session = SimpleNamespace(flush=lambda: flushed.append(True))
