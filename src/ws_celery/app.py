@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,9 @@ __all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_ap
 
 #: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
 INI_VARIABLE = "WS_CELERY_INI"
+
+#: What the positional arguments of ``send_task`` after the name are called.
+_POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[2:]
 
 
 @implementer(ICeleryApp)
@@ -101,9 +105,14 @@ class PyramidCelery(Celery):
 
         Options of the task's route that the call does not give are added, too.
         """
-        for key, value in self._routed(name).items():
-            if options.get(key) is None:
-                options[key] = value
+        if routed := self._routed(name):
+            given = {
+                *_POSITIONAL[: len(args)],
+                *(key for key in options if options[key] is not None),
+            }
+            if "eta" in given:
+                given.add("countdown")
+            options.update((key, value) for key, value in routed.items() if key not in given)
         headers = dict(options.pop("headers", None) or {})
         if HEADER not in headers and (description := self._describe_caller()):
             headers[HEADER] = description
