@@ -14,16 +14,15 @@ from celery.utils.time import ffwd
 __all__ = ("ZonedCrontab",)
 
 _MINUTE = timedelta(minutes=1)
-#: No change of the clock is longer.
-_LONGEST_CHANGE = timedelta(hours=3)
 
 
 class ZonedCrontab(crontab):
     """A crontab in a time zone of its own, which need not be the application's.
 
-    Where the clock goes back, a crontab for every hour runs through both passes of the repeated
-    hour, and one for certain hours runs in the first only. Where it goes forward, what falls into
-    the missing hour runs right after it, once.
+    A crontab for every hour runs whenever the clock shows its minutes: in both passes of an hour
+    that comes twice, and not in one that is left out. One for certain hours runs in the first pass
+    only; if it has any runs in an hour that is left out, it runs once instead, at the first moment
+    after it.
 
     :param zone: name of the time zone; the application's by default.
     :param nowfun: returns the current time, for tests.
@@ -57,28 +56,44 @@ class ZonedCrontab(crontab):
     def remaining_estimate(self, last_run_at: datetime, ffwd: type = ffwd) -> timedelta:
         """Return the time from now to the run that follows ``last_run_at``; negative if past."""
         start, now = (self.maybe_make_aware(moment) for moment in (last_run_at, self.now()))
-        _, delta, _ = self.remaining_delta(start, ffwd=ffwd)
-        return self._following(start, start + delta) - now.astimezone(timezone.utc)
+        return self._following(start, ffwd) - now.astimezone(timezone.utc)
 
     def maybe_make_aware(self, dt: datetime, *args: Any, **options: Any) -> datetime:
         """Return ``dt`` in the zone of the fields."""
         # Before 5.7 Celery leaves an aware time in the zone that it came in, or takes the wrong
         # offset near a change.
         aware = super().maybe_make_aware(dt, *args, **options) if dt.tzinfo is None else dt
-        return aware.astimezone(self.tz)
+        # By way of UTC, as a time in this very zone may be one that the clock leaves out.
+        return aware.astimezone(timezone.utc).astimezone(self.tz)
 
-    def _following(self, start: datetime, wall: datetime) -> datetime:
-        after = start.astimezone(timezone.utc)
-        due = _instant(wall, after)
-        changes = start.utcoffset() != wall.utcoffset() and due - after <= _LONGEST_CHANGE
-        if len(self.hour) == 24 and changes:
-            # Celery looks for the next hour on the clock: not for the one that comes twice.
-            moment = after.replace(second=0, microsecond=0) + _MINUTE
-            while moment < due:
-                if self._matches(moment.astimezone(self.tz)):
+    def _following(self, start: datetime, ffwd: type) -> datetime:
+        """Return the instant, in UTC, of the run that follows ``start``."""
+        every_hour = len(self.hour) == 24
+        if start.fold or (every_hour and _offset(start, 0) != _offset(start, 1)):
+            # Celery reads the clock, which does not tell the passes of a repeated hour apart.
+            moment = _next_minute(start)
+            while _offset(local := moment.astimezone(self.tz), 0) != _offset(local, 1):
+                if every_hour and self._matches(local):
                     return moment
                 moment += _MINUTE
-        return due
+            start = local - _MINUTE
+        _, delta, _ = self.remaining_delta(start, ffwd=ffwd)
+        wall = (start + delta).replace(fold=0)
+        due: datetime = wall.astimezone(timezone.utc)
+        if _is_shown(wall):
+            return due
+        # The clock leaves it out: ``due`` is after the gap, and this is before it.
+        moment = wall.replace(fold=1).astimezone(timezone.utc)
+        while moment.astimezone(self.tz).utcoffset() == wall.utcoffset():
+            moment += _MINUTE
+        if not every_hour:
+            return moment
+        # Walked because Celery before 5.7 reads the day of ``now``, too, which may be another one.
+        for _ in range(60):
+            if self._matches(moment.astimezone(self.tz)):
+                return moment
+            moment += _MINUTE
+        return self._following((moment - _MINUTE).astimezone(self.tz), ffwd)
 
     def _matches(self, local: datetime) -> bool:
         return (
@@ -107,11 +122,15 @@ class ZonedCrontab(crontab):
     __hash__ = None  # type: ignore[assignment]
 
 
-def _instant(wall: datetime, after: datetime) -> datetime:
-    """Return when a clock shows ``wall``: the first time that is later than ``after``."""
-    first = wall.replace(fold=0).astimezone(timezone.utc)
-    if first > after:
-        # A time that the clock leaves out becomes the one that far after the gap.
-        return first
-    # The clock shows it twice, and the first time is over; or it does not, and both are the same.
-    return wall.replace(fold=1).astimezone(timezone.utc)
+def _offset(local: datetime, fold: int) -> timedelta | None:
+    return local.replace(fold=fold).utcoffset()
+
+
+def _next_minute(moment: datetime) -> datetime:
+    return moment.astimezone(timezone.utc).replace(second=0, microsecond=0) + _MINUTE
+
+
+def _is_shown(wall: datetime) -> bool:
+    """Return whether the clock ever shows ``wall``, or leaves it out."""
+    there = wall.astimezone(timezone.utc).astimezone(wall.tzinfo)
+    return there.replace(tzinfo=None) == wall.replace(tzinfo=None)

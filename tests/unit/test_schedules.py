@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 from datetime import datetime, timedelta, timezone
+from functools import cache
+from zoneinfo import ZoneInfo
 
 import pytest
 from celery import Celery
 from celery.schedules import crontab, solar
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ws_celery.converters import Refused
@@ -182,8 +184,135 @@ def test_an_hour_that_comes_twice_has_one_run_of_a_crontab_for_that_hour():
     assert runs("30 2 * * *", utc(10, 24, 12), utc(10, 26, 12)) == ["25 00:30", "26 01:30"]
 
 
-def test_what_falls_into_the_hour_that_is_left_out_runs_after_it_once():
-    assert runs("30 2 * * *", utc(3, 28, 12), utc(3, 30, 12)) == ["29 01:30", "30 00:30"]
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("30 2 * * *", ["28 01:30", "29 01:00", "30 00:30"]),
+        ("0,30 2 * * *", ["28 01:00", "28 01:30", "29 01:00", "30 00:00", "30 00:30"]),
+        ("30 2 29 3 *", ["29 01:00"]),
+        ("0 2,3 29 * *", ["29 01:00"]),
+    ],
+)
+def test_what_falls_into_the_hour_that_is_left_out_runs_right_after_it_once(line, expected):
+    # 02:00 to 03:00 is left out on the 29th, at 01:00 UTC.
+    assert runs(line, utc(3, 28, 0), utc(3, 30, 12)) == expected
+
+
+def test_a_crontab_for_every_hour_runs_by_the_clock_around_the_hour_that_is_left_out():
+    found = runs("30 * * * *", utc(3, 28, 23), utc(3, 29, 3))
+
+    assert found == ["28 23:30", "29 00:30", "29 01:30", "29 02:30"]
+
+
+@pytest.mark.parametrize(
+    ("zone", "line", "last", "expected"),
+    [
+        (BERLIN, "*/20 0-5 * * *", "2025-10-26T01:05Z", "2025-10-26T02:00Z"),
+        (BERLIN, "*/20 0-5 * * *", "2025-10-26T00:45Z", "2025-10-26T02:00Z"),
+        (BERLIN, "30 2 * * *", "2025-10-26T01:05Z", "2025-10-27T01:30Z"),
+        ("Africa/Cairo", "45 23 * * *", "2025-10-30T21:10Z", "2025-10-31T21:45Z"),
+        ("America/Santiago", "45 23 * * *", "2025-04-06T03:10Z", "2025-04-07T03:45Z"),
+        # The hour before midnight comes twice, or the one after it is left out.
+        ("America/Santiago", "30 * * * sat", "2025-04-06T02:30Z", "2025-04-06T03:30Z"),
+        ("Africa/Cairo", "30 * * * *", "2025-04-24T21:30Z", "2025-04-24T22:30Z"),
+        # The last hour of Saturday is left out.
+        ("America/Nuuk", "30 * * * sat", "2025-03-30T00:30Z", "2025-04-05T01:30Z"),
+    ],
+)
+def test_the_next_run_after_a_last_run_near_a_change(zone, line, last, expected):
+    assert following(line, zone, instant(last)) == instant(expected)
+
+
+def test_a_last_run_that_the_clock_leaves_out_is_followed_by_a_later_one():
+    left_out = datetime(2025, 3, 30, 2, 10, tzinfo=ZoneInfo(BERLIN))  # 03:10
+    schedule = parse_schedule("crontab", "30 2 * * *", BERLIN)
+    schedule.nowfun = lambda: instant("2025-03-30T01:10Z")
+
+    assert schedule.remaining_estimate(left_out) == timedelta(hours=23, minutes=20)
+
+
+CHANGING = (BERLIN, "America/Santiago", "Africa/Cairo", "Australia/Lord_Howe", "America/New_York")
+
+
+def instant(text):
+    return datetime.strptime(text, "%Y-%m-%dT%H:%MZ").replace(tzinfo=timezone.utc)
+
+
+def following(line, zone, last):
+    schedule = parse_schedule("crontab", line, zone)
+    schedule.nowfun = lambda: last
+    return last + schedule.remaining_estimate(last)
+
+
+@cache
+def changes(zone):
+    """Return the first instants after the changes of the clock in 2025."""
+    hours = [instant("2025-01-01T00:00Z") + timedelta(minutes=30 * n) for n in range(365 * 48)]
+    offsets = [hour.astimezone(ZoneInfo(zone)).utcoffset() for hour in hours]
+    return [
+        hour for hour, old, new in zip(hours[1:], offsets, offsets[1:], strict=False) if old != new
+    ]
+
+
+@cache
+def minutes(zone, change):
+    """Return every minute of the days around a change, with what the clock shows."""
+    first = change - timedelta(days=2)
+    moments = [first + timedelta(minutes=n) for n in range(5 * 24 * 60)]
+    return [(moment, moment.astimezone(ZoneInfo(zone))) for moment in moments]
+
+
+def walked(schedule, zone, change, last):
+    """Return the next run, found by looking at every minute; None if it is not in these days."""
+
+    def matches(local):
+        return (
+            local.minute in schedule.minute
+            and local.hour in schedule.hour
+            and local.day in schedule.day_of_month
+            and local.month in schedule.month_of_year
+            and local.isoweekday() % 7 in schedule.day_of_week
+        )
+
+    every_hour = len(schedule.hour) == 24
+    shown = None
+    for moment, local in minutes(zone, change):
+        before, shown = shown, local.replace(tzinfo=None)
+        if moment <= last:
+            continue
+        if matches(local) and (every_hour or not local.fold):
+            return moment
+        if not every_hour:
+            left_out = int((shown - before) / timedelta(minutes=1)) - 1
+            if any(matches(shown - timedelta(minutes=n + 1)) for n in range(left_out)):
+                return moment
+    return None
+
+
+MINUTES = st.sampled_from(("0", "30", "10,35", "45", "59", "*/20", "*/7", "*"))
+HOURS = st.one_of(
+    st.just("*"),
+    st.sampled_from(("0", "1", "2", "3", "23", "0-5", "2,3", "1-3", "22-1", "*/2", "1-23")),
+)
+DAYS = st.sampled_from(("* * *", "* * sun", "* * sat", "* * thu,fri", "1-15 * *", "* 4,10 sun"))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data(), st.sampled_from(CHANGING), MINUTES, HOURS, DAYS)
+def test_the_next_run_is_the_one_of_a_walk_over_every_minute(data, zone, minute, hour, days):
+    line = f"{minute} {hour} {days}"
+    change = data.draw(st.sampled_from(changes(zone)), "change")
+    # Around the change, with both passes; or up to a day and a half away.
+    away = data.draw(st.integers(-130, 130) | st.integers(-36 * 60, 36 * 60), "minutes away")
+    last = change + timedelta(minutes=away, seconds=data.draw(st.integers(0, 59), "seconds"))
+
+    found = following(line, zone, last)
+
+    expected = walked(parse_schedule("crontab", line, zone), zone, change, last)
+    if expected is None:
+        assert found > minutes(zone, change)[-1][0]
+    else:
+        assert found == expected
 
 
 def test_a_change_of_half_an_hour_is_a_change():
