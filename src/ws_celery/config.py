@@ -139,7 +139,8 @@ def _same_file(one: str, other: str) -> bool:
 def _introspect(config: Any, row: Setting) -> None:
     category, title = _CATEGORIES[row.category]
     introspectable = config.introspectable(category, row.name, row.name, title)
-    introspectable["value"] = masked(row.name, row.value)
+    # The name of a task or an entry says nothing of its values.
+    introspectable["value"] = masked(row.name if row.category == "option" else "", row.value)
     introspectable["type"] = row.type
     introspectable["file"] = row.place.file
     introspectable["line"] = row.place.line

@@ -49,8 +49,7 @@ class EmbeddedBroker:
         directory = Path(url[len(SCHEME) :])
         if not directory.is_absolute():
             raise ConfigurationError(
-                f"[celery] broker_url = {url!r}: expected an absolute directory, such as "
-                f"{SCHEME}%(here)s/var."
+                f"{url!r} needs an absolute directory, such as {SCHEME}%(here)s/var."
             )
         return cls(directory)
 

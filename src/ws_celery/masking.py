@@ -16,9 +16,12 @@ MASK = "********"
 #: Words in a name that make its value a secret. ``routing_key`` is the one kind of key that is not.
 _HIDDEN_NAMES = (
     r"pass|pwd|secret|token|credential|signature|api_?key|account_?key|private_?key"
-    r"|(?<!routing)_key(?:\b|_)|\bkey(?:\b|_)"
+    r"|(?<!routing)_key(?:\b|_)|\bkey(?:\b|_)|authorization|(?:\b|_)(?:auth|pw)\b|dsn|cookie"
 )
 _SECRET_NAME = re.compile(_HIDDEN_NAMES, re.IGNORECASE)
+
+#: Words in a name whose value is a URL, or may have one inside.
+_URL_NAME = re.compile(r"ur[il]|broker|backend|server|host|proxy", re.IGNORECASE)
 
 #: Where one URL of several begins; one in the middle of a password does not count.
 _URL_START = re.compile(r"(?:^|(?<=[\s\"',;\[=]))(?=[A-Za-z][\w+.-]*://)")
@@ -27,7 +30,7 @@ _AUTHORITY = re.compile(r"([A-Za-z][\w+.-]*://)(.*)@", re.DOTALL)
 #: ``password=...`` of query strings and connection strings, ``"password": ...`` of JSON, whole or
 #: broken.
 _ASSIGNMENT = re.compile(
-    rf"""([\w.-]*(?:{_HIDDEN_NAMES})[\w.-]*["']?\s*[:=]\s*)("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[^\s;&]+)""",
+    rf"""([\w.-]*(?:{_HIDDEN_NAMES})[\w.-]*["']?\s*[:=]\s*)("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|(?:(?:Basic|Bearer)\s+)?[^\s;&]+)""",
     re.IGNORECASE,
 )
 _SIGNED = re.compile(r"([?&;](?:sig|code)=)[^&;#\s]*", re.IGNORECASE)
@@ -41,17 +44,18 @@ def is_secret(name: str) -> bool:
 def masked(name: str, value: Any) -> Any:
     """Return ``value`` with its secrets replaced, for printing.
 
-    :param name: the option or key that has the value; a secret one hides the value as a whole.
+    :param name: the option or key that has the value; a secret one hides the value as a whole, and
+        all that is inside of it.
     :param value: text, or what JSON can hold; anything else is returned as it is.
     """
     if isinstance(value, Mapping):
-        return {key: masked(str(key), inner) for key, inner in value.items()}
+        return {key: masked(f"{name} {key}", inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)([masked(name, inner) for inner in value])
-    if is_secret(name) and value not in (None, "", True, False):
+    if is_secret(name) and not isinstance(value, bool) and value not in (None, ""):
         return MASK
     if isinstance(value, str):
-        return masked_text(value)
+        return masked_text(_without_broken_urls(value) if _URL_NAME.search(name) else value)
     return value
 
 
@@ -60,6 +64,15 @@ def masked_text(text: str) -> str:
     text = "".join(_masked_url(part) for part in _URL_START.split(text))
     text = _SIGNED.sub(rf"\g<1>{MASK}", text)
     return _ASSIGNMENT.sub(rf"\g<1>{MASK}", text)
+
+
+def _without_broken_urls(text: str) -> str:
+    # Where the scheme has a slip, nobody can tell where the password begins.
+    parts = _URL_START.split(text)
+    return "".join(
+        part if "@" not in part or _AUTHORITY.match(part) else f"{MASK}@{part.rpartition('@')[2]}"
+        for part in parts
+    )
 
 
 def _masked_url(text: str) -> str:

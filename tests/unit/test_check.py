@@ -140,6 +140,39 @@ def test_an_application_that_does_not_include_us_is_an_error(tmp_path):
     assert finding.code == "application"
 
 
+def test_what_does_not_include_us_says_so_while_pyramid_commits(found):
+    code = """
+        import venusian
+        from ws_celery.exceptions import NotIncluded
+
+        def fail():
+            raise NotIncluded()
+
+        def late(wrapped):
+            add = lambda scanner, *_: scanner.config.action("late", fail)
+            venusian.attach(wrapped, add, category="pyramid")
+            return wrapped
+
+        @late
+        def hook():
+            pass
+        """
+    finding = found("", code)["application"]
+
+    assert finding.text.startswith("The application in ")
+    assert "does not include ws_celery. Add `pyramid.includes = ws_celery`" in finding.text
+
+
+@pytest.mark.parametrize("password", ["hun%ter2", "hunter2%(x)s"])
+def test_a_percent_sign_in_a_value_of_others_is_told_without_the_value(found, password):
+    app = f"sqlalchemy.url = postgresql://u:{password}@h/d\n"
+    finding = found("", app=app)["application"]
+
+    assert "[app:main] sqlalchemy.url: " in finding.text
+    assert "write %% for a percent sign" in finding.text
+    assert "ter2" not in finding.text
+
+
 def test_settings_of_code_are_in_the_table(site):
     path = site("", app="celery.worker_concurrency = 7\n")
 

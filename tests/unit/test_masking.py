@@ -28,6 +28,7 @@ from ws_celery.masking import MASK, is_secret, masked, masked_text
         '{"password": "hunter2',
         "{'secret_key': 'hunter2'}",
         "api_key: hunter2",
+        "Authorization: Bearer hunter2",
     ],
 )
 def test_a_password_in_a_text_is_masked(text):
@@ -54,6 +55,11 @@ def test_what_is_no_secret_stays():
         "CELERY_REDIS_PASSWORD",
         "token",
         "API_KEY",
+        "Authorization",
+        "Set-Cookie",
+        "pw",
+        "auth",
+        "dsn",
     ],
 )
 def test_an_option_with_a_secret_name_is_a_secret(name):
@@ -61,7 +67,7 @@ def test_an_option_with_a_secret_name_is_a_secret(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["task_default_routing_key", "redis_socket_keepalive", "cassandra_keyspace"]
+    "name", ["task_default_routing_key", "redis_socket_keepalive", "cassandra_keyspace", "author"]
 )
 def test_an_option_whose_name_only_looks_like_it_is_none(name):
     assert not is_secret(name)
@@ -85,3 +91,44 @@ def test_no_password_of_a_url_is_shown_whatever_it_contains(scheme, password):
     shown = masked_text(f"{scheme}://user:SECRET{password}SECRET@host/0")
 
     assert "SECRET" not in shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis:/:hunter2@localhost/0",
+        "redis//:hunter2@localhost/0",
+        "user:hunter2@localhost/0",
+        "db+postgresql//u:hunter2@localhost/0",
+        "u:hunter2://x@localhost/0",
+        "redis:/:hunter2@one/0, redis://:hunter2@localhost/0",
+        "redis://:hunter2@one/0, redis:/:hunter2@localhost/0",
+    ],
+)
+@pytest.mark.parametrize("name", ["broker_url", "result_backend", "CELERY_BROKER_URL"])
+def test_a_url_with_a_slip_in_its_scheme_is_masked_all_the_same(name, url):
+    shown = masked(name, url)
+
+    assert "hunter2" not in shown
+    assert shown.endswith(f"{MASK}@localhost/0")
+
+
+def test_what_is_inside_of_a_secret_is_a_secret():
+    assert masked("credentials", {"user": "a", "more": ["b", 1, 0, True, None]}) == {
+        "user": MASK,
+        "more": [MASK, MASK, MASK, True, None],
+    }
+
+
+def test_a_number_under_a_secret_name_is_a_secret():
+    assert masked("redis_password", 1) == MASK
+    assert masked("redis_password", 0) == MASK
+
+
+def test_what_is_inside_of_headers_and_connection_arguments_is_masked():
+    value = {"headers": {"Authorization": "Bearer x"}, "connect_args": {"pw": "x", "host": "h"}}
+
+    assert masked("database_engine_options", value) == {
+        "headers": {"Authorization": MASK},
+        "connect_args": {"pw": MASK, "host": "h"},
+    }

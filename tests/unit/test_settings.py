@@ -10,9 +10,11 @@ from datetime import timedelta
 import pytest
 from celery.schedules import crontab
 from kombu import Exchange, Queue
+from kombu.transport.redis import Channel
 
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import INI_VARIABLES, read_configuration, survey
+from ws_celery.settings.keys import TRANSPORT_KEYS
 
 
 @pytest.fixture
@@ -239,7 +241,29 @@ def test_sections_of_others_are_left_alone(read):
         ("[celery:broker_transport_option]\na = 1", "Did you mean broker_transport_options?"),
         ("[celery:broker_transport_options]\na.b = 1\na = 2", "a has keys"),
         ("[celery:broker_transport_options]\na = 2\na.b = 1", "a has a value"),
+        ("[celery:broker_transport_options]\na..b = 1", "has an empty key"),
+        ("[celery:broker_transport_options]\n. = 1", "has an empty key"),
+        ("[celery:broker_transport_options]\nvisibility_timout = 5", "mean visibility_timeout?"),
+        ("[celery:broker_transport_options]\nSocket_Timout = 5", "Did you mean socket_timeout?"),
+        ("[celery:broker_transport_options]\npriority_steps = [0, true]", "type bool"),
+        ("[celery:broker_transport_options]\npriority_steps = 3", "a JSON array of whole numbers"),
         ("[celery:broker_transport_options]\nvisibility_timeout = soon", "expected seconds"),
+        ("[celerybeat:x]\nenabled = false\n[celerybeat: x]\nenabled = false",
+         "this section is already there, as [celerybeat:x] at "),
+        ("[celery:broker_transport_options]\na = 1\n[celery:BROKER_TRANSPORT_OPTIONS]\nb = 1",
+         "as [celery:broker_transport_options] at "),
+        ("timezone.x = 1", "timezone is no mapping; it has no keys"),
+        ("timezone. = UTC", "timezone is no mapping; it has no keys"),
+        ("task_acks_late.x = false", "task_acks_late is no mapping; it has no keys"),
+        ('task_routes = {"a": {"que": "slow"}}', "task_routes a que = 'slow': this key is not kno"),
+        ('task_routes = [["a", {"expires": "x"}]]', "[celery] task_routes a expires = 'x'"),
+        ('task_annotations = {"a": {"rate_limt": "10/m"}}', "Did you mean rate_limit?"),
+        ('task_annotations = [{"a.*": {"rate_limit": "10/m"}}]', "a glob does not work here"),
+        ("broker_read_url = embedded:///x", "the embedded broker is for broker_url"),
+        ("broker_write_url = embedded:///x", "the embedded broker is for broker_url"),
+        ("broker_read_url = redis://x, embedded:///x", "stands alone, not among other URLs"),
+        ("result_backend = embedded://x", "needs an absolute directory"),
+        ("result_backend = embedded:///x", "nobody would start it"),
         ("[celery:broker_transport_options]\nx = yes", 'Did you mean "yes" or true or false?'),
         ("[celery:broker_transport_options]\nx = {1}", "is not JSON"),
         ("[celery:task_publish_retry_policy]\nmax_retrys = 1", "Did you mean max_retries?"),
@@ -307,6 +331,91 @@ def test_the_value_of_a_misspelt_secret_is_not_shown(faults):
 
     assert "hunter2" not in str(fault)
     assert fault.as_dict()["value"] == "********"
+
+
+def test_a_relative_directory_of_the_embedded_broker_is_refused_where_it_is_written(faults):
+    (fault,) = faults("[celery]\nbroker_url = embedded://var\n")
+
+    assert (fault.line, fault.key) == (2, "broker_url")
+    assert "needs an absolute directory, such as embedded://%(here)s/var" in str(fault)
+
+
+@pytest.mark.parametrize("broker", ["embedded:///a, redis://x", '["redis://x", "embedded:///a"]'])
+def test_the_embedded_broker_is_not_one_of_several(faults, broker):
+    (fault,) = faults(f"[celery]\nbroker_url = {broker}\n")
+
+    assert "stands alone, not among other URLs" in str(fault)
+
+
+def test_embedded_results_are_where_the_embedded_broker_is(ini, faults):
+    text = "[celery]\nbroker_url = embedded:///srv/a\nresult_backend = embedded:///srv/{}\n"
+    read_configuration(ini(text.format("a/")))
+
+    (fault,) = faults(text.format("b"))
+
+    assert fault.line == 3
+    assert "nobody would start it" in str(fault)
+
+
+@pytest.mark.parametrize("key", ["celery.timezone.x", "celery.result_backend.foo"])
+def test_a_key_of_no_mapping_is_refused_in_the_section_of_the_application_too(faults, key):
+    (fault,) = faults(f"[app:main]\n{key} = 4\n[celery]\nbroker_url = memory://\n")
+
+    assert (fault.line, fault.key) == (2, key)
+    assert "is no mapping; it has no keys" in str(fault)
+
+
+def test_one_section_in_two_spellings_names_both_places(faults):
+    (fault,) = faults("[celeryqueue:x]\n[celery]\nbroker_url = memory://\n[celeryqueue: x]\n")
+
+    assert (fault.line, fault.section) == (4, "celeryqueue: x")
+    assert "as [celeryqueue:x] at " in str(fault)
+    assert str(fault).endswith("app.ini:1.")
+
+
+def test_every_transport_option_of_redis_is_accepted(read):
+    keys = Channel.from_transport_options
+    body = "\n".join(f"{key} = none" for key in keys if key not in TRANSPORT_KEYS)
+
+    assert "unacked_mutex_expire" in body
+    read(f"[celery:broker_transport_options]\nany_key_of_another_transport = 1\n{body}\n")
+
+
+@pytest.mark.parametrize(
+    "routes",
+    [
+        '{"a": {"queue": "slow", "expires": "1h"}, "b": "fast", "c": {"countdown": 5}}',
+        '[["a", {"queue": "slow", "expires": "1h"}], {"b": "fast", "c": {"countdown": 5}}]',
+    ],
+)
+def test_routes_of_an_option_are_read_as_those_of_sections_are(read, routes):
+    configuration = read(f"task_routes = {routes}\n")
+
+    assert configuration.call_options == {"a": {"expires": 3600}, "c": {"countdown": 5}}
+    assert configuration.settings["task_routes"] in (
+        {"a": {"queue": "slow"}, "b": "fast"},
+        [("a", {"queue": "slow"}), {"b": "fast"}],
+    )
+
+
+def test_annotations_of_python_may_have_methods():
+    def on_failure(*args):
+        """Do nothing."""
+
+    given = {"*": {"on_failure": on_failure, "time_limit": "90s"}}
+    settings = {"celery.broker_url": "memory://", "celery.task_annotations": given}
+
+    assert read_configuration(None, settings).settings["task_annotations"] == {
+        "*": {"on_failure": on_failure, "time_limit": 90}
+    }
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', "x"])
+def test_broken_variables_of_the_command_line_name_their_variable(read, monkeypatch, text):
+    monkeypatch.setenv(INI_VARIABLES, text)
+
+    with pytest.raises(ConfigurationError, match=f"environment: {INI_VARIABLES}"):
+        read("")
 
 
 # The same thing twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 from datetime import timedelta
 
@@ -173,6 +174,26 @@ def test_none_is_a_value_where_celery_knows_none():
             assert read(**{name: "None"})[name] is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name, option in OPTIONS.items()
+        if re.search(
+            "_(timeout|interval|expires|ttl|time_limit|wait|heartbeat|deadline|sec)$", name
+        )
+        and option.kind.name != "bool"
+    ),
+)
+def test_every_time_may_be_a_period(name):
+    assert read(**{name: "4s"})[name] == 4
+
+
+def test_a_time_in_whole_seconds_has_no_fraction():
+    with pytest.raises(ConfigurationError, match="whole seconds"):
+        read(broker_heartbeat="1.5")
+
+
 def test_none_is_none_where_there_is_always_a_value():
     with pytest.raises(ConfigurationError, match="true or false"):
         read(task_acks_late="none")
@@ -219,6 +240,7 @@ def test_an_option_has_more_than_one_form(name, text, expected):
         ("task_queues", "[1]", "neither a queue's name nor an object"),
         ("task_queues", '["a", "a"]', "has a queue twice"),
         ("task_serializer", "piclke", "Did you mean pickle?"),
+        ("result_backend", "db+postgresql//u:p@h/db", "is no URL"),
     ],
 )
 def test_what_is_refused_says_why(name, text, words):

@@ -25,6 +25,7 @@ relaxed = settings(
 )
 
 options = st.one_of(*map(st.sampled_from, (list(OPTIONS), list(OLD_NAMES), list(REMOVED))))
+keys_of_options = st.builds("{}.{}".format, options, st.sampled_from(["x", "x.y", ""]))
 other_keys = st.sampled_from(
     [*ROUTE_KEYS, *QUEUE_KEYS, *ANNOTATION_KEYS, *ENTRY_KEYS, "type", "schedule", "use", "a.b", "."]
 )
@@ -93,7 +94,9 @@ texts = st.one_of(
         ]
     ),
 )
-lines = st.builds("{} = {}".format, st.one_of(options, other_keys, st.text(max_size=8)), texts)
+lines = st.builds(
+    "{} = {}".format, st.one_of(options, keys_of_options, other_keys, st.text(max_size=8)), texts
+)
 sections = st.builds(
     lambda name, body: "\n".join([f"[{name}]", *body]),
     st.one_of(names, st.text(max_size=10)),
@@ -130,7 +133,9 @@ def test_any_bytes_are_a_configuration_or_are_refused(tmp_path, data):
 @given(
     st.sampled_from(["celery", "celeryroute:a", "celeryqueue:a", "celeryannotate:a"]),
     st.dictionaries(
-        st.one_of(options, other_keys, st.from_regex(r"[a-z_]{1,12}", fullmatch=True)),
+        st.one_of(
+            options, keys_of_options, other_keys, st.from_regex(r"[a-z_]{1,12}", fullmatch=True)
+        ),
         st.sampled_from(["1", "true", "none", "{}", "a", "memory://"]),
         min_size=1,
         max_size=4,
@@ -153,6 +158,18 @@ def test_no_key_is_passed_over(tmp_path, section, keys):
                      for row in configuration.rows if row.category != "option")  # fmt: skip
         queue = section == "celeryqueue:a" and bool(configuration.settings.get("task_queues"))
         assert number in told or read or inside or queue, key
+
+
+@relaxed
+@given(st.sampled_from(list(OPTIONS)), st.sampled_from(["1", "false", "memory://", "UTC"]))
+def test_only_a_mapping_has_keys(tmp_path, name, text):
+    path = tmp_path / "app.ini"
+    path.write_text(f"[celery]\n{name}.x = {text}\n")
+
+    _, faults = survey(str(path))
+
+    refused = any(fault.problem == f"{name} is no mapping; it has no keys" for fault in faults)
+    assert refused == ("dict" not in OPTIONS[name].kind.name)
 
 
 @settings(max_examples=1000, deadline=None)

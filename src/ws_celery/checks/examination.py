@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from configparser import InterpolationError
 
 from pyramid.exceptions import ConfigurationExecutionError
 
@@ -13,6 +14,7 @@ from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
 from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded
 from ws_celery.masking import masked_text
 from ws_celery.settings import WITHOUT_EFFECT, Configuration, survey
+from ws_celery.settings.interpolation import interpolation_problem
 
 __all__ = ("examine",)
 
@@ -71,18 +73,20 @@ def _root() -> Iterator[Finding]:
 def _load(config_uri: str, report: Report) -> PyramidCelery | None:
     try:
         return get_celery_app(load_registry(config_uri))
-    except NotIncluded:
-        text = str(NotIncluded(f"The application in {config_uri}"))
-    except ConfigurationExecutionError as error:
-        if isinstance(error.evalue, ConfigurationError):
-            report.findings += map(_fault, error.evalue.faults)
-            return None
-        text = f"the application cannot be loaded: {masked_text(str(error.evalue))}"
-    except ConfigurationError as error:
-        report.findings += map(_fault, error.faults)
-        return None
     except Exception as error:  # noqa: BLE001  whatever the application does
-        reason = f"{type(error).__name__}: {masked_text(str(error))}"
-        text = f"the application cannot be loaded ({reason})"
-    report.findings.append(Finding(ERROR, "application", text))
+        cause = error.evalue if isinstance(error, ConfigurationExecutionError) else error
+        if isinstance(cause, ConfigurationError):
+            report.findings += map(_fault, cause.faults)
+        else:
+            report.findings.append(Finding(ERROR, "application", _reason(cause, config_uri)))
     return None
+
+
+def _reason(error: BaseException, config_uri: str) -> str:
+    if isinstance(error, NotIncluded):
+        return str(NotIncluded(f"The application in {config_uri}"))
+    if isinstance(error, InterpolationError):
+        # Its own text has a part of the value.
+        return f"[{error.section}] {error.option}: {interpolation_problem(error)}"
+    reason = f"{type(error).__name__}: {masked_text(str(error))}"
+    return f"the application cannot be loaded ({reason})"

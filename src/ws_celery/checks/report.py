@@ -93,7 +93,7 @@ def shown(row: Setting) -> str:
         kind = value.exchange.type
         return f"exchange {value.exchange.name} ({kind}), routing key {value.routing_key}"
     if row.category in ("route", "annotation"):
-        pairs = masked(row.name, value).items()
+        pairs = masked("", value).items()
         return ", ".join(f"{key} = {inner}" for key, inner in pairs)
     value = masked(row.name, value)
     if isinstance(value, (list, tuple)):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from celery.app.backends import BACKEND_ALIASES
@@ -23,6 +24,7 @@ from ws_celery.settings.kinds import BOOL, LIST, Kind, choice, json_value_of, ma
 __all__ = (
     "BACKEND",
     "BROKER",
+    "BROKER_SIDE",
     "COMPRESSION",
     "CONTENT",
     "DATABASE",
@@ -59,7 +61,27 @@ def _one_or_all(urls: list[Any]) -> Any:
         raise Refused("is empty")
     for url in urls:
         _known_transport(url)
+    if len(urls) > 1 and any(map(_is_embedded, urls)):
+        raise Refused("the embedded broker stands alone, not among other URLs")
     return urls[0] if len(urls) == 1 else urls
+
+
+def _is_embedded(url: str) -> bool:
+    """Tell whether the URL is ``embedded://DIRECTORY``.
+
+    :raises Refused: if it is, and the directory is not absolute.
+    """
+    scheme, _, directory = url.partition("://")
+    if scheme == "embedded" and not Path(directory).is_absolute():
+        raise Refused("needs an absolute directory, such as embedded://%(here)s/var")
+    return scheme == "embedded"
+
+
+def _not_embedded(urls: Any) -> Any:
+    found = _one_or_all([urls] if isinstance(urls, str) else list(urls))
+    if isinstance(found, str) and _is_embedded(found):
+        raise Refused("the embedded broker is for broker_url, which both read and write")
+    return found
 
 
 def _known_transport(url: Any) -> None:
@@ -70,6 +92,7 @@ def _known_transport(url: Any) -> None:
     transport = match["scheme"].partition("+")[0]
     if transport not in known and not re.search(r"[.:]", transport):
         raise Refused(f"has the unknown transport {transport}", nearest(transport, known))
+    _is_embedded(url)
 
 
 def _transport(text: str) -> str:
@@ -87,10 +110,13 @@ def _backend(text: str) -> str:
     scheme, separator, _ = text.partition("://")
     name = scheme.partition("+")[0]
     known = {*BACKEND_ALIASES, *_extensions(), "embedded"}
+    if not separator and re.search("[/@]", text):
+        raise Refused("is no URL")
     if not text or "\n" in text or (not separator and ":" in text and "." not in text):
         raise Refused
     if name not in known and not re.fullmatch(r"[\w.]+[.:]\w+", name):
         raise Refused("is no result backend that Celery knows", nearest(name, known))
+    _is_embedded(text)
     return text
 
 
@@ -108,6 +134,7 @@ BROKER = Kind(
     (list, tuple),
     lambda urls: urls if isinstance(urls, str) else _one_or_all(list(urls)),
 )
+BROKER_SIDE = replace(BROKER, finish=_not_embedded)
 BACKEND = Kind("URL", "the URL or name of a result backend", "redis://localhost:6379/1", _backend)
 DATABASE = Kind("URL", "a database URL", "postgresql://localhost/celery", _database)
 TRANSPORT = Kind("transport", "a transport of kombu, or its dotted name", "redis", _transport)

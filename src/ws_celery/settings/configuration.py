@@ -7,6 +7,7 @@ environment variables that Celery obeys beat all of them.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,8 @@ def survey(
         faults.append(Fault(f"the section [celery] is missing. {_REMEDY}", config_uri))
     settings = sections.settings
     changed = obey_environment(settings, sections.rows, faults)
+    if not faults:
+        _refuse_stray_results(settings, sections.rows, faults)
     if need_broker and not faults and not _has_broker(settings):
         text = "no broker is configured" if config_uri else "No broker is configured"
         faults.append(Fault(f"{text}. {_REMEDY}", config_uri))
@@ -106,6 +109,17 @@ def survey(
         settings, sections.rows, sections.renamed, changed, sections.call_options
     )
     return configuration, list(ConfigurationError.of(faults).faults)
+
+
+def _refuse_stray_results(settings: Mapping[str, Any], rows: list[Setting], faults: Faults) -> None:
+    results, broker = (str(settings.get(name)) for name in ("result_backend", "broker_url"))
+    if results.startswith("embedded://") and os.path.normpath(results) != os.path.normpath(broker):
+        place = next(row.place for row in rows if row.name == "result_backend")
+        problem = (
+            "nobody would start it: an embedded result backend is part of an embedded broker; give "
+            "broker_url the same directory"
+        )
+        faults.at(place, problem, value=results)
 
 
 def _lacks_celery(layers: list[Layer], faults: Faults) -> bool:

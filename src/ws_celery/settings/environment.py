@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from ws_celery.converters import Refused
-from ws_celery.exceptions import Fault
+from ws_celery.converters import Refused, json_value
+from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.masking import masked
 from ws_celery.settings.faults import Faults, Place, Value
 from ws_celery.settings.options import OPTIONS
@@ -54,8 +53,22 @@ class Override:
 
 
 def ini_variables() -> dict[str, str]:
-    """Return what ``--ini-var`` said to this process or to the one that started it."""
-    return dict(json.loads(os.environ.get(INI_VARIABLES, "{}")))
+    """Return what ``--ini-var`` said to this process or to the one that started it.
+
+    :raises ConfigurationError: if the variable holds something else.
+    """
+    try:
+        variables = json_value(os.environ.get(INI_VARIABLES) or "{}")
+    except Refused as error:
+        raise _broken_variables(str(error)) from None
+    if not isinstance(variables, dict) or not all(isinstance(v, str) for v in variables.values()):
+        raise _broken_variables("is no JSON object of texts")
+    return variables
+
+
+def _broken_variables(problem: str) -> ConfigurationError:
+    remedy = "a JSON object of texts; unset it, and use --ini-var"
+    return ConfigurationError(Fault(problem, "environment", key=INI_VARIABLES, expected=remedy))
 
 
 def obey_environment(

@@ -68,6 +68,7 @@ class Gathering:
         self.blocks: dict[str, dict[str, Block]] = {kind: {} for kind in _KINDS}
         self.renamed: list[Renamed] = []
         self._faults = faults
+        self._headings: dict[tuple[int, str, str], Place] = {}
 
     def gather(self, layers: list[Layer]) -> None:
         """Sort the sections of all layers, the nearest first."""
@@ -85,10 +86,10 @@ class Gathering:
             self._faults.at(heading, "the section has no name", expected=f"[{kind}:{_KINDS[kind]}]")
         elif kind == "celery":
             self._find_keys(layer, name, heading, values)
-        elif kind in _KINDS:
+        elif kind in _KINDS and self._is_new(layer, kind, name, heading):
             block = self.blocks[kind].setdefault(name, Block(heading))
             block.values.update({**values, **block.values})
-        elif _meant_for_us(kind, colon):
+        elif kind not in _KINDS and _meant_for_us(kind, colon):
             close = nearest(kind, _KINDS)
             self._faults.at(
                 heading,
@@ -97,11 +98,23 @@ class Gathering:
                 close=close and f"[{close}{colon}{name}]",
             )
 
+    def _is_new(self, layer: int, kind: str, name: str, heading: Place) -> bool:
+        first = self._headings.setdefault((layer, kind, name), heading)
+        if first is not heading:
+            problem = f"this section is already there, as [{first.section}] at {first}"
+            self._faults.at(heading, problem)
+        return first is heading
+
     def _find(self, layer: int, key: str, value: Value) -> None:
-        written, _, inner = key.partition(".")
+        written, dot, inner = key.partition(".")
         name = self._name(written, value)
-        if name is not None:
-            self._add(name, Found(layer, inner or None, value))
+        if name is None:
+            return
+        if dot and not _is_mapping(name):
+            problem = f"{name} is no mapping; it has no keys"
+            self._faults.at(value.place, problem, value=value.text)
+            return
+        self._add(name, Found(layer, inner if dot else None, value))
 
     def _find_keys(
         self, layer: int, written: str, heading: Place, values: dict[str, Value]
@@ -109,8 +122,10 @@ class Gathering:
         name = self._name(written, Value(None, heading))
         if name is None:
             return
-        if OPTIONS[name].kind.name not in _MAPPINGS:
+        if not _is_mapping(name):
             self._faults.at(heading, f"{name} is no mapping; set it in [celery]")
+            return
+        if not self._is_new(layer, "celery", name, heading):
             return
         for key, value in values.items():
             self._add(name, Found(layer, key, value))
@@ -150,6 +165,10 @@ class Gathering:
                 )
                 return
         others.append(new)
+
+
+def _is_mapping(option: str) -> bool:
+    return OPTIONS[option].kind.name in _MAPPINGS
 
 
 def _meant_for_us(kind: str, colon: str) -> bool:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from configparser import BasicInterpolation, InterpolationError, RawConfigParser
 
-__all__ = ("expand", "expand_environment")
+__all__ = ("expand", "expand_environment", "interpolation_problem")
 
 _VARIABLE = re.compile(r"\$(?P<escape>\$)?\{(?:(?P<name>[^{}:]+)(?::-(?P<default>[^{}]*))?\})?")
 
@@ -20,7 +20,7 @@ def expand(raw: str, scope: Mapping[str, str], key: str) -> str:
     try:
         text = BasicInterpolation().before_get(_parser(), "", key, raw, dict(scope))
     except InterpolationError as error:
-        raise ValueError(_interpolation_problem(error)) from None
+        raise ValueError(interpolation_problem(error)) from None
     return expand_environment(text)
 
 
@@ -30,7 +30,8 @@ def _parser() -> RawConfigParser:
     return parser
 
 
-def _interpolation_problem(error: InterpolationError) -> str:
+def interpolation_problem(error: InterpolationError) -> str:
+    """Return what is wrong, without the value that the error's own text shows."""
     if reference := getattr(error, "reference", None):
         return (
             f"%({reference})s is not set; set it in [DEFAULT] or with "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
+
+from kombu import Exchange, Queue
 
 from ws_celery.converters import Refused, nearest, untyped
 from ws_celery.settings.broker_kinds import (
@@ -39,6 +42,7 @@ __all__ = (
     "ROUTE_KEYS",
     "TRANSPORT_KEYS",
     "accept_keys",
+    "meant_transport_key",
 )
 
 
@@ -63,8 +67,8 @@ _BOOL_OR_TEXT = Kind("bool or text", "true, false or text", "true", untyped, (bo
 
 #: Options of a call that end in the message's properties; Celery takes them from a route.
 MESSAGE_KEYS: dict[str, Kind] = {
-    "queue": TEXT,
-    "exchange": TEXT,
+    "queue": replace(TEXT, types=(Queue,)),
+    "exchange": replace(TEXT, types=(Exchange,)),
     "exchange_type": EXCHANGE_TYPE,
     "routing_key": TEXT,
     "priority": PRIORITY,
@@ -158,6 +162,17 @@ ENTRY_KEYS: dict[str, Kind] = {
     "enabled": BOOL,
 }
 
+
+def _steps(values: Any) -> list[int]:
+    if not values:
+        raise Refused("is empty")
+    return [whole().accept(value) for value in values]
+
+
+_STEPS = Kind(
+    "list", "a JSON array of whole numbers", "[0, 3, 6, 9]", json_value_of(list), (list,), _steps
+)
+
 #: Keys of transport options and the like that would be mistaken for another type. The rest has the
 #: type that its text looks like.
 TRANSPORT_KEYS: dict[str, Kind] = {
@@ -182,6 +197,7 @@ TRANSPORT_KEYS: dict[str, Kind] = {
     "max_retries": _WHOLE,
     "password": TEXT,
     "polling_interval": _SECONDS,
+    "priority_steps": _STEPS,
     "processed_folder": TEXT,
     "queue_name_prefix": TEXT,
     "queue_order_strategy": choice("strategy", "round_robin", "priority", "sorted"),
@@ -202,6 +218,15 @@ TRANSPORT_KEYS: dict[str, Kind] = {
     "visibility_timeout": _SECONDS,
     "wait_time_seconds": _WHOLE,
 }
+
+
+def meant_transport_key(key: str) -> str | None:
+    """Return the known key of transport options that an unknown one is a slip of."""
+    if key in TRANSPORT_KEYS:
+        return None
+    close = get_close_matches(key.lower(), TRANSPORT_KEYS, n=1, cutoff=0.85)
+    return close[0] if close else None
+
 
 #: Settings of our own, ``ws_celery.*`` in the application's section.
 OUR_SETTINGS: dict[str, Kind] = {

@@ -27,6 +27,7 @@ __all__ = (
     "MODULES",
     "SECONDS",
     "TEXT",
+    "WHOLE_SECONDS",
     "ZONE",
     "Kind",
     "choice",
@@ -147,6 +148,20 @@ SECONDS = replace(
     name="seconds",
     expected="seconds, or a period such as 24h or 1h30m",
     convert=_seconds,
+)
+
+
+def _whole_seconds(seconds: float) -> int:
+    if not float(SECONDS.finish(seconds)).is_integer():
+        raise Refused
+    return int(seconds)
+
+
+WHOLE_SECONDS = replace(
+    SECONDS,
+    expected="whole seconds, or a period such as 24h or 1h30m",
+    types=(int,),
+    finish=_whole_seconds,
 )
 
 

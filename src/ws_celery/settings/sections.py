@@ -6,7 +6,7 @@ same thing twice in one file is a fault that names both places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,16 @@ from ws_celery.settings.keys import (
     QUEUE_KEYS,
     ROUTE_KEYS,
     TRANSPORT_KEYS,
+    meant_transport_key,
 )
 from ws_celery.settings.layers import Layer
 from ws_celery.settings.options import OPTIONS, Option
 from ws_celery.settings.queues import given_queues, make_queue
 
 __all__ = ("Sections", "Setting")
+
+#: Reads the keys of one task's route or annotation.
+_Read = Callable[[str, Block], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -113,20 +117,24 @@ class Sections:
         mapping = dict(value) if isinstance(value, Mapping) else {}
         # The nearest last, so that it has the last word.
         for found in sorted(keys, key=lambda each: -each.layer):
-            self._key(found, mapping)
+            self._key(option, found, mapping)
         with self._faults.catching(keys[0].value):
             return option.kind.finish(mapping)
         return None
 
-    def _key(self, found: Found, mapping: dict[str, Any]) -> None:
+    def _key(self, option: Option, found: Found, mapping: dict[str, Any]) -> None:
         *path, last = str(found.key).split(".")
         text, kind = found.value.text, TRANSPORT_KEYS.get(last)
         with self._faults.catching(found.value, kind.expected if kind else None):
+            if not all((*path, last)):
+                raise Refused("has an empty key")
+            if option.name.endswith("transport_options") and (close := meant_transport_key(last)):
+                raise Refused("this key is not known", close)
             for name in path:
                 mapping = mapping.setdefault(name, {})
                 if not isinstance(mapping, dict):
                     raise Refused(f"{name} has a value, and cannot have keys as well")
-            if not all((*path, last)) or isinstance(mapping.get(last), dict):
+            if isinstance(mapping.get(last), dict):
                 raise Refused(f"{last} has keys, and cannot have a value as well")
             if kind:
                 mapping[last] = kind.accept(text)
@@ -156,50 +164,88 @@ class Sections:
     # --- [celeryannotate:TASK] -------------------------------------------------------------
 
     def _annotations(self, blocks: Mapping[str, Block]) -> None:
-        annotations: dict[str, Any] = {}
+        mine = {}
         for task, block in blocks.items():
-            if "*" in task and task != "*":
-                self._faults.at(
-                    block.place,
-                    "a glob does not work here",
-                    expected="a task's name, or * for all tasks",
-                )
-            annotations[task] = self._keys_of(block, ANNOTATION_KEYS)
-            self.rows.append(Setting("annotation", task, annotations[task], block.place))
-        self._combine("task_annotations", annotations, blocks)
+            self._not_empty(block, ANNOTATION_KEYS)
+            mine[task] = self._annotation(task, block)
+            self.rows.append(Setting("annotation", task, mine[task], block.place))
+        self._combine("task_annotations", mine, blocks, self._annotation)
+
+    def _annotation(self, task: str, block: Block) -> dict[str, Any]:
+        if "*" in task and task != "*":
+            problem = "a glob does not work here"
+            self._faults.at(block.place, problem, expected="a task's name, or * for all tasks")
+        # Python can give methods as well.
+        methods = {key: each.text for key, each in block.values.items() if callable(each.text)}
+        plain = {key: each for key, each in block.values.items() if key not in methods}
+        return {**self._faults.typed(plain, ANNOTATION_KEYS), **methods}
 
     # --- [celeryroute:TASK] ----------------------------------------------------------------
 
     def _routes(self, blocks: Mapping[str, Block]) -> None:
-        routes: dict[str, Any] = {}
+        mine = {}
         for task, block in blocks.items():
-            if "*" not in task and set("?[]") & set(task):
-                self._faults.at(
-                    block.place,
-                    "a glob without * is a task's name to Celery",
-                    expected="a glob with *, or a task's name",
-                )
-            keys = self._keys_of(block, ROUTE_KEYS)
-            call = {key: value for key, value in keys.items() if key in CALL_KEYS}
-            if call:
-                self.call_options[task] = call
-            if len(call) < len(keys):
-                routes[task] = {key: value for key, value in keys.items() if key not in call}
+            self._not_empty(block, ROUTE_KEYS)
+            mine[task] = self._route(task, block)
+            keys = {**mine[task], **self.call_options.get(task, {})}
             self.rows.append(Setting("route", task, keys, block.place))
-        self._combine("task_routes", routes, blocks)
+        mine = {task: route for task, route in mine.items() if route}
+        self._combine("task_routes", mine, blocks, self._route)
 
-    def _combine(self, name: str, mine: dict[str, Any], blocks: Mapping[str, Block]) -> None:
+    def _route(self, task: str, block: Block) -> dict[str, Any]:
+        if "*" not in task and set("?[]") & set(task):
+            self._faults.at(
+                block.place,
+                "a glob without * is a task's name to Celery",
+                expected="a glob with *, or a task's name",
+            )
+        keys = self._faults.typed(block.values, ROUTE_KEYS)
+        call = {key: value for key, value in keys.items() if key in CALL_KEYS}
+        if call:
+            self.call_options.setdefault(task, call)
+        return {key: value for key, value in keys.items() if key not in call}
+
+    # --- Both ------------------------------------------------------------------------------
+
+    def _combine(
+        self, name: str, mine: dict[str, Any], blocks: Mapping[str, Block], read: _Read
+    ) -> None:
         given = self.settings.get(name)
+        if isinstance(given, dict):
+            for task in blocks.keys() & given.keys():
+                self._double(blocks[task], task, name)
+        if given is not None:
+            self.settings[name] = given = self._given(given, self._place(name), read)
         if not mine:
             return
         if isinstance(given, dict):
-            for task in mine.keys() & given.keys():
-                self._double(blocks[task], task, name)
             self.settings[name] = {**mine, **given}
         elif given is None:
             self.settings[name] = mine
         else:
             self.settings[name] = [mine, *(given if isinstance(given, list) else [given])]
+
+    def _given(self, given: Any, place: Place, read: _Read) -> Any:
+        """Read what an option in one piece has as if it stood in sections."""
+        if isinstance(given, list):
+            return [self._given(each, place, read) for each in given]
+        if isinstance(given, tuple):  # a pattern and a route
+            task, keys = given
+            return task, self._given({task: keys}, place, read).get(task, {})
+        if not isinstance(given, dict):
+            return given
+        found = {}
+        for task, keys in given.items():
+            where = place.key_beside(str(task))
+            if isinstance(keys, dict):
+                values = {
+                    str(key): Value(value, where.key_beside(str(key)))
+                    for key, value in keys.items()
+                }
+                found[task] = read(task, Block(where, values))
+            else:
+                found[task] = keys
+        return {task: keys for task, keys in found.items() if keys}
 
     # --- [celerybeat:NAME] -----------------------------------------------------------------
 
@@ -234,12 +280,11 @@ class Sections:
 
     # --- What they share -------------------------------------------------------------------
 
-    def _keys_of(self, block: Block, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    def _not_empty(self, block: Block, kinds: Mapping[str, Any]) -> None:
         if not block.values:
             self._faults.at(
                 block.place, "the section is empty", expected=f"one of {', '.join(kinds)}"
             )
-        return self._faults.typed(block.values, kinds)
 
     def _place(self, option: str) -> Place:
         return next(row.place for row in self.rows if row.belongs_to(option))
