@@ -27,6 +27,8 @@ from transaction.interfaces import (
 )
 from zope.interface import implementer
 
+from ws_celery.sessions import open_session, open_transactions, tell_rollbacks
+
 __all__ = (
     "DispatchDataManager",
     "Publication",
@@ -65,6 +67,8 @@ class Publication:
 
     payload: str | bytes
     options: dict[str, Any]
+    #: The transactions and savepoints of SQLAlchemy in which it was dispatched.
+    session_transactions: tuple[Any, ...] = ()
 
     @property
     def task_id(self) -> str | None:
@@ -90,19 +94,26 @@ class RecordingProducer:
 
     :param connection: the connection that the message will leave by; it is never opened here.
     :param publications: where to keep what is published.
+    :param session_transactions: what is open in the request's SQLAlchemy session.
     """
 
     #: No serializer of its own: Celery passes the task's with every message.
     serializer: str | None = None
 
-    def __init__(self, connection: Connection, publications: MutableSequence[Publication]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        publications: MutableSequence[Publication],
+        session_transactions: tuple[Any, ...] = (),
+    ) -> None:
         self.connection = connection
         self._publications = publications
+        self._session_transactions = session_transactions
 
     def publish(self, body: Any, *, serializer: str | None = None, **options: Any) -> None:
         content_type, content_encoding, payload = dumps(body, serializer=serializer)
         options.update(content_type=content_type, content_encoding=content_encoding)
-        self._publications.append(Publication(payload, options))
+        self._publications.append(Publication(payload, options, self._session_transactions))
 
 
 @implementer(IDataManagerSavepoint)
@@ -149,6 +160,14 @@ class DispatchDataManager:
         # A rolled-back savepoint aborts and unjoins a manager that joined after it: a later
         # dispatch has to join anew, or its messages would be lost.
         txn.set_data(self._app, None)
+
+    def rolled_back(self, session_transaction: Any) -> None:
+        """Drop what was dispatched in a transaction or savepoint of SQLAlchemy that is undone."""
+        self.publications[:] = [
+            publication
+            for publication in self.publications
+            if session_transaction not in publication.session_transactions
+        ]
 
     def savepoint(self) -> _Savepoint:
         return _Savepoint(self.publications)
@@ -244,8 +263,19 @@ class Transactions:
             data_manager = DispatchDataManager(app, txn)
             txn.set_data(app, data_manager)
         return RecordingProducer(
-            app.producer_pool.connections.connection, data_manager.publications
+            app.producer_pool.connections.connection,
+            data_manager.publications,
+            _watch_session(app, request, data_manager),
         )
+
+
+def _watch_session(app: Any, request: Any, data_manager: DispatchDataManager) -> tuple[Any, ...]:
+    """Listen to the request's session; return its open transactions."""
+    session = open_session(request, app.registry.settings.get("ws_celery.dbsession", "dbsession"))
+    if session is None:
+        return ()
+    tell_rollbacks(session, data_manager)
+    return open_transactions(session)
 
 
 def _of_this_thread(manager: Any) -> Any:
