@@ -14,9 +14,10 @@ from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
-from ws_celery.dispatch import CONNECT_TIMEOUT, RecordingProducer, Transactions
+from ws_celery.dispatch import RecordingProducer, Transactions
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
+from ws_celery.publishing import Publisher
 from ws_celery.request import HEADER, calling_request, describe
 
 __all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_app", "load_registry")
@@ -38,6 +39,7 @@ class PyramidCelery(Celery):
     def __init__(self, registry: Registry, settings: Mapping[str, Any], **options: Any) -> None:
         self.registry = registry
         self.transactions = Transactions()
+        self.publisher = Publisher(self, registry)
         super().__init__(
             registry.package_name,
             set_as_current=False,
@@ -55,8 +57,13 @@ class PyramidCelery(Celery):
         connection = super().connection_for_write(*args, **options)
         if connection.transport.driver_type == "redis":
             for option in ("socket_connect_timeout", "socket_timeout"):
-                connection.transport_options.setdefault(option, CONNECT_TIMEOUT)
+                connection.transport_options.setdefault(option, self.publisher.timeout)
         return connection
+
+    def close(self) -> None:
+        """Clean up after the application, as in Celery."""
+        self.publisher.close()
+        super().close()
 
     def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
         """Hand out the producer of a message: a recording one while a transaction is open.

@@ -9,8 +9,7 @@ obeyed without anybody calling us.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,15 +34,16 @@ __all__ = (
     "RecordingProducer",
     "Transactions",
     "immediately",
-    "publish",
+    "raising_interruptions",
 )
 
 log = logging.getLogger(__name__)
 
-#: Seconds to wait for a broker that does not answer, at the connect and at each answer.
-CONNECT_TIMEOUT = 2.0
-
 _immediate: ContextVar[bool] = ContextVar("ws_celery_immediate", default=False)
+
+_interruptions: ContextVar[list[BaseException] | None] = ContextVar(
+    "ws_celery_interruptions", default=None
+)
 
 
 @contextmanager
@@ -59,6 +59,34 @@ def immediately() -> Iterator[None]:
         yield
     finally:
         _immediate.reset(token)
+
+
+@contextmanager
+def raising_interruptions() -> Iterator[None]:
+    """Raise what has interrupted the flush of a commit that was made inside.
+
+    The ``transaction`` package swallows whatever an after-commit hook raises, a time limit and a
+    signal to end the process included.
+    """
+    caught: list[BaseException] = []
+    token = _interruptions.set(caught)
+    try:
+        yield
+    finally:
+        _interruptions.reset(token)
+    if caught:
+        raise caught[0]
+
+
+@contextmanager
+def _told_to_task() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as interruption:
+        caught = _interruptions.get()
+        if caught is None:
+            raise
+        caught.append(interruption)
 
 
 @dataclass(frozen=True)
@@ -153,7 +181,8 @@ class DispatchDataManager:
 
     def _after_commit(self, committed: bool) -> None:
         if committed and self.publications:
-            publish(self._app, self.publications)
+            with _told_to_task():
+                self._app.publisher.publish(self.publications)
 
     def abort(self, txn: Any) -> None:
         self.publications.clear()
@@ -281,44 +310,3 @@ def _watch_session(app: Any, request: Any, data_manager: DispatchDataManager) ->
 def _of_this_thread(manager: Any) -> Any:
     # transaction.manager is a threading.local around one real manager for each thread.
     return getattr(manager, "manager", manager)
-
-
-def publish(app: Any, publications: Sequence[Publication]) -> None:
-    """Hand ``publications`` to the broker in one flush; never raises.
-
-    The database has committed when this runs, so that an error could only mislead the caller. It is
-    logged with the names and ids of the tasks that may not have been sent; without the outbox they
-    are lost. One pipeline carries all messages where kombu can batch (5.7 and later, Redis); in a
-    batch nothing is retried, because a part of it may have been delivered.
-    """
-    unsent = deque(publications)
-    try:
-        with app.producer_pool.acquire(block=True) as producer:
-            producer.connection.ensure_connection(
-                max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT
-            )
-            _declare_once(producer, unsent)
-            if getattr(producer, "supports_batch_publish", False):
-                with producer.batch():
-                    for publication in unsent:
-                        publication.publish(producer, declare=None, retry=False)
-            else:
-                while unsent:
-                    unsent[0].publish(producer, declare=None)
-                    unsent.popleft()
-    except Exception:
-        log.exception(
-            "The transaction has committed, but these tasks may not have been sent: %s",
-            ", ".join(f"{p.task_name}[{p.task_id}]" for p in unsent if p.task_id),
-        )
-
-
-def _declare_once(producer: Producer, publications: Iterable[Publication]) -> None:
-    # Once per flush instead of once per message: maybe_declare was half the cost of a message.
-    entities = {
-        (type(entity), entity.name): entity
-        for publication in publications
-        for entity in publication.options.get("declare") or ()
-    }
-    for entity in entities.values():
-        producer.maybe_declare(entity, retry=True, max_retries=1, interval_start=0)

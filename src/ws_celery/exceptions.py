@@ -63,4 +63,4 @@ class TaskNotRegistered(WsCeleryError):
 
 
 class BrokerUnavailable(WsCeleryError):
-    """The embedded broker is configured but cannot be started or is not running."""
+    """The broker does not answer; the embedded one may not be running."""

@@ -16,7 +16,7 @@ from celery.utils.functional import head_from_fun
 from transaction.interfaces import NoTransaction
 
 from ws_celery.app import PyramidCelery, current_celery_app, get_celery_app
-from ws_celery.dispatch import immediately
+from ws_celery.dispatch import immediately, raising_interruptions
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.request import (
     HEADER,
@@ -174,7 +174,7 @@ class TransactionalTask(RequestAwareTask):
         attempts_left = int(self.app.registry.settings.get("retry.attempts", 3))
         while True:
             attempts_left -= 1
-            with self._task_request() as request:
+            with raising_interruptions(), self._task_request() as request:
                 manager = self._begin(request)
                 try:
                     return self._run_and_commit(manager, request, args, kwargs)
