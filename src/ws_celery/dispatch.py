@@ -9,7 +9,7 @@ obeyed without anybody calling us.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from transaction.interfaces import (
 )
 from zope.interface import implementer
 
+from ws_celery.eager import DeferredResult, EagerCall
 from ws_celery.sessions import open_session, open_transactions, tell_rollbacks
 
 __all__ = (
@@ -63,10 +64,10 @@ def immediately() -> Iterator[None]:
 
 @contextmanager
 def raising_interruptions() -> Iterator[None]:
-    """Raise what has interrupted the flush of a commit that was made inside.
+    """Raise what has interrupted the hooks of a commit that was made inside.
 
-    The ``transaction`` package swallows whatever an after-commit hook raises, a time limit and a
-    signal to end the process included.
+    The ``transaction`` package swallows whatever an after-commit hook raises: a time limit, a
+    signal to end the process, and the error of an eager task.
     """
     caught: list[BaseException] = []
     token = _interruptions.set(caught)
@@ -79,14 +80,17 @@ def raising_interruptions() -> Iterator[None]:
 
 
 @contextmanager
-def _told_to_task() -> Iterator[None]:
+def _told_to_caller() -> Iterator[None]:
     try:
         yield
     except BaseException as interruption:
         caught = _interruptions.get()
-        if caught is None:
+        if caught is not None:
+            caught.append(interruption)
+        elif isinstance(interruption, Exception):
+            log.exception("The transaction has committed, but what follows it has failed")
+        else:
             raise
-        caught.append(interruption)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class RecordingProducer:
     def __init__(
         self,
         connection: Connection,
-        publications: MutableSequence[Publication],
+        publications: MutableSequence[Publication | EagerCall],
         session_transactions: tuple[Any, ...] = (),
     ) -> None:
         self.connection = connection
@@ -143,10 +147,15 @@ class RecordingProducer:
         options.update(content_type=content_type, content_encoding=content_encoding)
         self._publications.append(Publication(payload, options, self._session_transactions))
 
+    def defer(self, run: Callable[[], Any], result: DeferredResult) -> DeferredResult:
+        """Let ``run`` be called after the commit, and settle ``result``; returns it."""
+        self._publications.append(EagerCall(run, result, self._session_transactions))
+        return result
+
 
 @implementer(IDataManagerSavepoint)
 class _Savepoint:
-    def __init__(self, publications: MutableSequence[Publication]) -> None:
+    def __init__(self, publications: MutableSequence[Publication | EagerCall]) -> None:
         self._publications = publications
         self._length = len(publications)
 
@@ -169,9 +178,9 @@ class DispatchDataManager:
     def __init__(self, app: Any, txn: Any) -> None:
         #: The interface wants the name; the transaction itself is told by the calls.
         self.transaction_manager: Any = None
-        self.publications: list[Publication] = []
+        self.publications: list[Publication | EagerCall] = []
         self._app = app
-        txn.addAfterCommitHook(self._after_commit)
+        txn.addAfterCommitHook(self._after_commit, (txn,))
         try:
             txn.join(self)
         except ValueError:
@@ -179,10 +188,17 @@ class DispatchDataManager:
             # savepoint can come any more, so that the hook alone is enough.
             log.debug("dispatch during the commit of %r", txn)
 
-    def _after_commit(self, committed: bool) -> None:
-        if committed and self.publications:
-            with _told_to_task():
-                self._app.publisher.publish(self.publications)
+    def _after_commit(self, committed: bool, txn: Any) -> None:
+        if not committed:
+            return
+        messages = [item for item in self.publications if isinstance(item, Publication)]
+        calls = [item for item in self.publications if isinstance(item, EagerCall)]
+        if messages:
+            with _told_to_caller():
+                self._app.publisher.publish(messages)
+        for call in calls:
+            with _told_to_caller():
+                call.perform(txn)
 
     def abort(self, txn: Any) -> None:
         self.publications.clear()

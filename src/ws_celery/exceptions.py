@@ -13,6 +13,7 @@ __all__ = (
     "ConfigurationError",
     "NoCurrentApplication",
     "NotIncluded",
+    "NotRunYet",
     "TaskNotRegistered",
     "WsCeleryError",
 )
@@ -59,6 +60,16 @@ class TaskNotRegistered(WsCeleryError):
             f"{where}{': ' if where else ''}the task {name!r} is not registered. Call "
             "config.scan() on its module, or list the module under `imports` in the [celery] "
             "section."
+        )
+
+
+class NotRunYet(WsCeleryError):
+    """The result of an eager task is wanted before the transaction has committed."""
+
+    def __init__(self, name: str, task_id: str) -> None:
+        super().__init__(
+            f"The task {name}[{task_id}] has not run: with task_always_eager it runs when the "
+            "transaction commits. Ask for its result after the commit."
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial, update_wrapper
 from typing import Any, overload
 
@@ -16,7 +18,8 @@ from celery.utils.functional import head_from_fun
 from transaction.interfaces import NoTransaction
 
 from ws_celery.app import PyramidCelery, current_celery_app, get_celery_app
-from ws_celery.dispatch import immediately, raising_interruptions
+from ws_celery.dispatch import RecordingProducer, immediately, raising_interruptions
+from ws_celery.eager import DeferredResult
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.request import (
     HEADER,
@@ -39,6 +42,9 @@ __all__ = (
 
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
+
+#: What defers the eager call that is being made, if a transaction is open.
+_recorder: ContextVar[RecordingProducer | None] = ContextVar("ws_celery_recorder", default=None)
 
 #: Celery's own tasks that call another task like a function.
 _CALLERS = ("celery.map", "celery.starmap")
@@ -128,8 +134,35 @@ class RequestAwareTask(Task):
         :raises kombu.exceptions.EncodeError: at once, if a value does not serialise.
         """
         request, args, kwargs = split_request(args, kwargs)
-        with calling(request):
+        with calling(request), self._deferring_eager(options):
             return super().apply_async(args, kwargs, *starargs, **options)
+
+    @contextmanager
+    def _deferring_eager(self, options: dict[str, Any]) -> Iterator[None]:
+        """Let the ``apply()`` in which an eager ``apply_async()`` ends wait for the commit."""
+        if not self.app.conf.task_always_eager or options.get("producer"):
+            yield
+            return
+        token = _recorder.set(self.app.transactions.recorder(self.app, calling_request()))
+        try:
+            yield
+        finally:
+            _recorder.reset(token)
+
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Run here and now, as in Celery; see :meth:`apply_async` for ``task_always_eager``."""
+        _, args, kwargs = split_request(args, kwargs)
+        recorder, caller = _recorder.get(), calling_request()
+        token = _recorder.set(None)  # what the task itself applies is not meant
+        try:
+            if recorder is None:
+                return super().apply(args, kwargs, **options)
+        finally:
+            _recorder.reset(token)
+        if caller is not None:
+            options["headers"] = {HEADER: describe(caller), **(options.get("headers") or {})}
+        result = DeferredResult(options["task_id"], self.name)
+        return recorder.defer(partial(super().apply, args, kwargs, **options), result)
 
     def signature(
         self, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any

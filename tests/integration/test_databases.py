@@ -42,14 +42,14 @@ def make(request, make_app, database):
     """Make an application with this database, for each kind of transaction manager."""
     settings = EXPLICIT if request.param == "explicit manager" else {}
 
-    def make(*tasks, view=None):
+    def make(*tasks, view=None, celery=""):
         def setup(config):
             database.includeme(config)
             if view:
                 config.add_route("home", "/")
                 config.add_view(view, route_name="home")
 
-        return make_app(write, write_and_fail, *tasks, setup=setup, **settings)
+        return make_app(write, write_and_fail, *tasks, setup=setup, celery=celery, **settings)
 
     return make
 
@@ -169,6 +169,23 @@ def test_a_task_is_not_sent_if_the_database_refuses_the_commit(make, database):
         app.web.get("/")
 
     assert app.names() == []
+
+
+def test_an_eager_task_sees_what_its_view_has_committed_and_commits_itself(make, database):
+    @task(name="correct")
+    def correct(request):
+        request.dbsession.get(Note, 1).text += ", corrected"
+
+    def view(request):
+        request.dbsession.add(Note(id=1, text="ordered"))
+        correct.delay()
+        write_and_fail.delay(2)
+        write.delay(3)
+        return Response("done")
+
+    make(correct, view=view, celery="task_always_eager = true").web.get("/")
+
+    assert database.notes() == ["ordered, corrected", "note 3"]
 
 
 def dispatching_view(request):
