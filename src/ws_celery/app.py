@@ -14,6 +14,7 @@ from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
+from ws_celery.arguments import naming_the_argument
 from ws_celery.dispatch import RecordingProducer, Transactions
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
@@ -77,12 +78,19 @@ class PyramidCelery(Celery):
         context: AbstractContextManager[Any] = super().producer_or_acquire(producer)
         return context
 
-    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
-        """Send a task by name, as in Celery; adds the header that describes the calling request."""
+    def send_task(
+        self, name: str, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
+    ) -> Any:
+        """Send a task by name, as in Celery; adds the header that describes the calling request.
+
+        :raises ArgumentNotSerializable: at once, if a value does not serialise.
+        """
         headers = dict(options.pop("headers", None) or {})
         if HEADER not in headers and (description := self._describe_caller()):
             headers[HEADER] = description
-        return super().send_task(name, *args, headers=headers, **options)
+        serializer = options.get("serializer") or self.conf.task_serializer
+        with naming_the_argument(name, args, kwargs, serializer):
+            return super().send_task(name, args, kwargs, *starargs, headers=headers, **options)
 
     def _describe_caller(self) -> dict[str, Any] | None:
         request = calling_request()

@@ -18,7 +18,7 @@ from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.settings import celery_settings
-from ws_celery.tasks import CATEGORY, add_celery_task
+from ws_celery.tasks import CATEGORY, add_celery_task, retry_attempts
 
 __all__ = ("eager_tween_factory", "includeme", "read_file")
 
@@ -78,6 +78,7 @@ def _watch_transactions(event: NewRequest) -> None:
 
 
 def _register_celery_app(config: Any) -> None:
+    retry_attempts(config.registry.settings)  # a wrong one ends the start, not the first run
     settings = _read_settings(config.registry.settings)
     app = PyramidCelery(config.registry, resolve(settings))
     app.transactions.watch(transaction.manager, begun=False)

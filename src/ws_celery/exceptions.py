@@ -6,9 +6,11 @@ command line prints it as it stands.
 
 from __future__ import annotations
 
+from kombu.exceptions import EncodeError
 from pyramid.exceptions import ConfigurationError as PyramidConfigurationError
 
 __all__ = (
+    "ArgumentNotSerializable",
     "BrokerUnavailable",
     "ConfigurationError",
     "NoCurrentApplication",
@@ -61,6 +63,13 @@ class TaskNotRegistered(WsCeleryError):
             "config.scan() on its module, or list the module under `imports` in the [celery] "
             "section."
         )
+
+
+class ArgumentNotSerializable(WsCeleryError, EncodeError):
+    """An argument of a call cannot be written into a message."""
+
+    def __init__(self, task: str, argument: str, serializer: str, advice: str) -> None:
+        super().__init__(f"{task}: {argument} cannot be serialized with {serializer}: {advice}.")
 
 
 class NotRunYet(WsCeleryError):

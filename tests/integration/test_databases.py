@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import transaction
 import zope.sqlalchemy
+from kombu.exceptions import EncodeError
 from pyramid.response import Response
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
@@ -289,8 +290,17 @@ def test_a_serialization_failure_is_tried_again(counting, postgres):
 
 def test_a_serialization_failure_is_a_failure_in_the_end(counting, postgres):
     count, attempts = counting
+    count.max_retries = 0
     result = count.apply((9,))
 
     assert isinstance(result.result, DBAPIError)
     assert attempts == ["0", "10", "20"]
     assert postgres.notes() == ["30"]
+
+
+@pytest.mark.parametrize("pass_it", [lambda note: note, lambda note: [{"note": note}]])
+def test_a_row_as_an_argument_is_told_to_be_passed_by_its_key(make_app, sqlite, pass_it):
+    make_app(write, setup=sqlite.includeme)
+    advice = r"write: argument 1 cannot be serialized with json: a Note is a row .* key \(id\)"
+    with transaction.manager, pytest.raises(EncodeError, match=advice):
+        write.delay(pass_it(Note(id=1, text="ordered")))
