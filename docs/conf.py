@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from ws_celery.version import __version__
 
 project = "ws_celery"
@@ -9,7 +12,8 @@ author = "The ws_celery developers"
 copyright = author  # noqa: A001 - the name is Sphinx's
 version = release = __version__
 
-extensions = ["sphinx.ext.autodoc"]
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+extensions = ["settings_tables", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"ws_celery {release}"

@@ -29,6 +29,7 @@ from tests.services import (  # noqa: F401 - fixtures
     sqlite_url,
     start_broker,
 )
+from tests.sites import found, site  # noqa: F401 - fixtures
 from webtest import TestApp
 
 from ws_celery import get_celery_app

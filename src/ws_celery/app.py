@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import plaster
 from celery import Celery
+from paste.deploy.loadwsgi import ConfigLoader
+from plaster_pastedeploy import Loader as PasteDeployLoader
 from pyramid.config import global_registries
 from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
@@ -20,6 +23,7 @@ from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.publishing import Publisher
 from ws_celery.request import HEADER, calling_request, describe
+from ws_celery.settings import Configuration, ini_variables
 
 __all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_app", "load_registry")
 
@@ -35,12 +39,24 @@ class PyramidCelery(Celery):
 
     :param registry: the owner.
     :param settings: Celery's settings by their lower-case names, typed.
+    :param configuration: where the settings come from, and the options of calls that Celery does
+        not take from its routes, such as ``expires``.
     """
 
-    def __init__(self, registry: Registry, settings: Mapping[str, Any], **options: Any) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Mapping[str, Any],
+        configuration: Configuration | None = None,
+        **options: Any,
+    ) -> None:
         self.registry = registry
+        self.configuration = configuration
+        self._call_options = configuration.call_options if configuration else {}
         self.transactions = Transactions()
         self.publisher = Publisher(self, registry)
+        #: What ``@task`` has declared and the application has registered, by name.
+        self.declared: dict[str, Any] = {}
         super().__init__(
             registry.package_name,
             set_as_current=False,
@@ -83,14 +99,25 @@ class PyramidCelery(Celery):
     ) -> Any:
         """Send a task by name, as in Celery; adds the header that describes the calling request.
 
+        Options of the task's route that the call does not give are added, too.
+
         :raises ArgumentNotSerializable: at once, if a value does not serialise.
         """
+        for key, value in self._routed(name).items():
+            if options.get(key) is None:
+                options[key] = value
         headers = dict(options.pop("headers", None) or {})
         if HEADER not in headers and (description := self._describe_caller()):
             headers[HEADER] = description
         serializer = options.get("serializer") or self.conf.task_serializer
         with naming_the_argument(name, args, kwargs, serializer):
             return super().send_task(name, args, kwargs, *starargs, headers=headers, **options)
+
+    def _routed(self, name: str) -> Mapping[str, Any]:
+        if name in self._call_options:
+            return self._call_options[name]
+        globs = (glob for glob in self._call_options if "*" in glob and fnmatchcase(name, glob))
+        return self._call_options.get(next(globs, ""), {})
 
     def _describe_caller(self) -> dict[str, Any] | None:
         request = calling_request()
@@ -167,6 +194,19 @@ def load_registry(config_uri: str) -> Registry:
     :param config_uri: what plaster takes: a path, with ``#name`` for another application than
         ``main``.
     """
-    wsgi_app = plaster.get_loader(config_uri, protocols=["wsgi"]).get_wsgi_app()
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    variables = ini_variables()
+    if variables and isinstance(loader, PasteDeployLoader):
+        wsgi_app = _with_variables(loader, variables)
+    else:
+        wsgi_app = loader.get_wsgi_app(defaults=variables or None)
     # Middleware around the application hides its registry.
     return getattr(wsgi_app, "registry", None) or global_registries.last
+
+
+def _with_variables(loader: PasteDeployLoader, variables: Mapping[str, str]) -> Any:
+    # As plaster does it, but that [DEFAULT] does not beat what the command line says.
+    config = ConfigLoader(loader.uri.path)
+    config.update_defaults({key: value.replace("%", "%%") for key, value in variables.items()})
+    global_conf = {**loader.uri.options, **variables}
+    return config.get_app(loader.uri.fragment or "main", global_conf)

@@ -4,46 +4,48 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import plaster
 import transaction
-from pyramid.config import PHASE2_CONFIG, global_registries
+from pyramid.config import PHASE1_CONFIG, PHASE2_CONFIG, PHASE3_CONFIG, global_registries
 from pyramid.events import NewRequest
 from pyramid.tweens import EXCVIEW
+from zope.interface import implementer
 
 from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.dispatch import raising_interruptions
 from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.interfaces import ICeleryApp
-from ws_celery.settings import celery_settings
-from ws_celery.tasks import CATEGORY, add_celery_task, retry_attempts
+from ws_celery.interfaces import ICeleryApp, ICelerySource
+from ws_celery.masking import masked
+from ws_celery.settings import Configuration, Setting, read_configuration
+from ws_celery.tasks import CATEGORY, add_celery_task, add_imported_task, retry_attempts
 
 __all__ = ("eager_tween_factory", "includeme", "read_file")
-
-_REMEDY = (
-    "Set broker_url in the [celery] section of the INI file, and in [app:main] "
-    "`ws_celery.config_uri = %(__file__)s`, which tells where that section is."
-)
 
 
 def includeme(config: Any) -> None:
     """Give the application its own Celery app, configured by the ``[celery...]`` INI sections.
 
-    Adds the directives ``add_celery_task`` and ``make_celery_app``, and ``request.celery_app``.
+    Adds the directives ``add_celery_task``, ``configure_celery`` and ``make_celery_app``, and
+    ``request.celery_app``.
     Settings are read when the configuration is committed, so that the order of includes does not
     matter.
     """
     config.add_directive("add_celery_task", add_celery_task)
+    config.add_directive("configure_celery", configure_celery)
     config.add_directive("make_celery_app", make_celery_app, action_wrap=False)
     config.add_request_method(get_celery_app, "celery_app", reify=True)
     # Around pyramid_tm, whose commit runs eager tasks.
     over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
     config.add_subscriber(_watch_transactions, NewRequest)
-    # Before PHASE3, where tasks are registered: `imports` is scanned here, which adds to them.
+    # The app before PHASE3, where tasks are registered; after it what only `imports` names.
     config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
+    config.action("celery imports", _scan_imports, args=(config,), order=PHASE3_CONFIG + 1)
 
 
 def make_celery_app(config: Any) -> PyramidCelery:
@@ -77,57 +79,115 @@ def _watch_transactions(event: NewRequest) -> None:
     get_celery_app(event.request).transactions.watch(transaction.manager, begun=begun)
 
 
+def configure_celery(config: Any, config_uri: str | None = None, **overrides: Any) -> None:
+    """Say where Celery's settings are, and set some of them in code: a directive.
+
+    :param config_uri: the file with the ``[celery...]`` sections, as plaster takes it; the setting
+        ``ws_celery.config_uri`` if not given.
+    :param overrides: options by name, which beat those of the file: ``worker_concurrency=2``.
+    :raises pyramid.exceptions.ConfigurationConflictError: when the configuration is committed, if
+        it is called twice.
+    """
+    introspectable = config.introspectable(
+        "celery configuration", None, "configure_celery", "celery configuration"
+    )
+    introspectable["config_uri"] = config_uri
+    introspectable["overrides"] = masked("", overrides)
+
+    def remember() -> None:
+        config.registry.registerUtility(_Source(config_uri, overrides), ICelerySource)
+
+    config.action(
+        "celery configuration", remember, order=PHASE1_CONFIG, introspectables=(introspectable,)
+    )
+
+
+@implementer(ICelerySource)
+@dataclass(frozen=True)
+class _Source:
+    config_uri: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
 def _register_celery_app(config: Any) -> None:
     retry_attempts(config.registry.settings)  # a wrong one ends the start, not the first run
-    settings = _read_settings(config.registry.settings)
-    app = PyramidCelery(config.registry, resolve(settings))
+    configuration = _read(config.registry)
+    configuration.report()
+    app = PyramidCelery(
+        config.registry, resolve(configuration.settings), configuration=configuration
+    )
     app.transactions.watch(transaction.manager, begun=False)
     config.registry.registerUtility(app, ICeleryApp)
-    # The INI is the application's: what it imports has the rank of what the application scans.
-    root = config.with_package(config.root_package)
-    root.includepath = ()
+    if config.introspection:
+        for row in configuration.rows:
+            _introspect(config, row)
+
+
+def _scan_imports(config: Any) -> None:
+    app = get_celery_app(config.registry)
+    add = partial(add_imported_task, config)
     for module in (*app.conf.imports, *app.conf.include):
         try:
-            root.scan(module, categories=(CATEGORY,))
+            config.scan(module, categories=(CATEGORY,), add_celery_task=add)
         except ModuleNotFoundError as error:
-            raise ConfigurationError(f"[celery] imports: {error}.") from error
+            raise _not_found(app.configuration, error) from error
 
 
-def _read_settings(registry_settings: Mapping[str, Any]) -> dict[str, Any]:
-    config_uri = registry_settings.get("ws_celery.config_uri")
-    settings = {} if not config_uri else read_file(config_uri)
-    if not _has_broker(settings):
-        where = f"{config_uri}: no" if config_uri else "No"
-        raise ConfigurationError(f"{where} broker is configured. {_REMEDY}")
-    return settings
+def _read(registry: Any) -> Configuration:
+    source = registry.queryUtility(ICelerySource, default=_Source())
+    setting = registry.settings.get("ws_celery.config_uri")
+    config_uri = source.config_uri or setting
+    if setting and source.config_uri and not _same_file(setting, source.config_uri):
+        raise ConfigurationError(
+            f"ws_celery.config_uri = {setting} and configure_celery({source.config_uri!r}) name "
+            "different files. Keep one of them."
+        )
+    return read_configuration(config_uri, registry.settings, source.overrides)
 
 
 def read_file(config_uri: str) -> dict[str, Any]:
-    """Return Celery's settings from the ``[celery...]`` sections of an INI file, typed.
+    """Return Celery's settings from an INI file, typed; a broker need not be among them.
 
-    :raises ConfigurationError: if the file or the section [celery] is missing, or a key is wrong.
+    :raises ConfigurationError: with all that is wrong.
     """
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
-    try:
-        # Ours only: the formats of logging sections are not to be interpolated.
-        names = [name for name in loader.get_sections() if name.startswith("celery")]
-        sections = {name: loader.get_settings(name) for name in names}
-    except FileNotFoundError:
-        raise ConfigurationError(
-            f"ws_celery.config_uri = {config_uri!r}: there is no such file. "
-            "Write `ws_celery.config_uri = %(__file__)s`."
-        ) from None
-    if "celery" not in sections:
-        raise ConfigurationError(f"{config_uri}: the section [celery] is missing. {_REMEDY}")
-    return celery_settings(sections, config_uri)
+    return read_configuration(config_uri, need_broker=False).settings
 
 
-def _has_broker(settings: Mapping[str, Any]) -> bool:
-    # Celery lets these variables beat the configuration.
-    variables = ("CELERY_BROKER_URL", "CELERY_BROKER_WRITE_URL")
-    return bool(
-        settings.get("broker_url")
-        or settings.get("broker_write_url")
-        or settings.get("task_always_eager")
-        or any(os.environ.get(variable) for variable in variables)
-    )
+def _same_file(one: str, other: str) -> bool:
+    first, second = (plaster.parse_uri(each) for each in (one, other))
+    return os.path.realpath(first.path) == os.path.realpath(second.path)
+
+
+def _introspect(config: Any, row: Setting) -> None:
+    category, title = _CATEGORIES[row.category]
+    introspectable = config.introspectable(category, row.name, row.name, title)
+    introspectable["value"] = masked(row.name, row.value)
+    introspectable["type"] = row.type
+    introspectable["file"] = row.place.file
+    introspectable["line"] = row.place.line
+    introspectable["section"] = row.place.section
+    # Not by an action: one that is added while others are executed makes Pyramid stumble over
+    # actions of an earlier phase that were overridden.
+    introspectable.register(config.introspector, config.action_info)
+
+
+#: Category of introspectables, and what one of them is called, for each category of settings.
+_CATEGORIES = {
+    "option": ("celery settings", "celery setting"),
+    "route": ("celery routes", "celery route"),
+    "queue": ("celery queues", "celery queue"),
+    "annotation": ("celery annotations", "celery annotation"),
+    "entry": ("celery schedule entries", "celery schedule entry"),
+}
+
+
+def _not_found(
+    configuration: Configuration | None, error: ModuleNotFoundError
+) -> ConfigurationError:
+    missing = str(error.name)
+    for row in configuration.rows if configuration else ():
+        if row.name in ("imports", "include") and any(
+            f"{name}.".startswith(f"{missing}.") for name in row.value
+        ):
+            return ConfigurationError(row.place.fault(str(error)))
+    return ConfigurationError(f"[celery] imports: {error}.")

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from math import inf
 from time import monotonic
 from typing import Any
 
@@ -16,9 +15,11 @@ from kombu import Connection, Producer
 from kombu.exceptions import OperationalError
 from pyramid.registry import Registry
 
+from ws_celery.converters import Refused
 from ws_celery.dispatch import Publication
 from ws_celery.events import PublishFailed, TasksPublished
 from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
+from ws_celery.settings.keys import OUR_SETTINGS
 
 __all__ = ("Publisher", "seconds")
 
@@ -37,12 +38,13 @@ def seconds(settings: Mapping[str, Any] | None, key: str, default: float) -> flo
     :raises ConfigurationError: if it is not a positive number.
     """
     value = (settings or {}).get(key, default)
-    with suppress(TypeError, ValueError):
-        if 0 < float(value) < inf:
-            return float(value)
-    raise ConfigurationError(
-        f"{key} = {value!r} is not a number of seconds. Write a positive number, such as {default}."
-    )
+    try:
+        return float(OUR_SETTINGS[key].accept(value))
+    except Refused:
+        raise ConfigurationError(
+            f"{key} = {value!r}: expected {OUR_SETTINGS[key].expected}. "
+            f"Write {default}, for example."
+        ) from None
 
 
 class Publisher:

@@ -1,76 +1,260 @@
-"""Text to schedule: ``type`` and ``schedule`` of a ``[celerybeat:NAME]`` section."""
+"""Text to schedule, and back: ``type``, ``schedule``, ``timezone`` of ``[celerybeat:NAME]``."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from celery.schedules import ParseException, crontab
+from celery.exceptions import ImproperlyConfigured
+from celery.schedules import ParseException, crontab, crontab_parser, solar
 
-__all__ = ("SCHEDULE_TYPES", "parse_schedule")
+from ws_celery.converters import Refused, json_value, nearest, period
+from ws_celery.zoned import ZonedCrontab
+
+__all__ = ("SCHEDULE_TYPES", "describe", "parse_schedule")
 
 
-def _crontab(text: str) -> crontab:
-    fields = _json_object(text, '{"minute": "*/15"}')
+# --- Crontabs ---------------------------------------------------------------------------------
+
+#: Field to least and most value, in the order of a crontab line.
+_FIELDS = {
+    "minute": (0, 59),
+    "hour": (0, 23),
+    "day_of_month": (1, 31),
+    "month_of_year": (1, 12),
+    "day_of_week": (0, 6),
+}
+_MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
+_DAYS = ["sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday"]
+_NAMES = {"month_of_year": _MONTHS, "day_of_week": _DAYS}
+#: The longest that each month, from January, can be.
+_MONTH_LENGTHS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+#: Other programs' words for midnight, Sunday and the full hour.
+_OTHER_ZEROS = {("hour", "24"), ("day_of_week", "7"), ("minute", "60")}
+_PART = re.compile(r"(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\w+))?", re.ASCII)
+
+
+def _crontab(value: Any, zone: str | None) -> crontab:
+    fields = _crontab_fields(value)
+    specs = {name: _spec(name, field) for name, field in fields.items()}
     try:
-        return crontab(**{name: str(value) for name, value in fields.items()})
-    except TypeError:
-        names = ("minute", "hour", "day_of_week", "day_of_month", "month_of_year")
-        unknown = ", ".join(sorted(set(fields) - set(names)))
-        raise ValueError(f"unknown field {unknown}; the fields are {', '.join(names)}") from None
-    except (ParseException, ValueError) as error:
-        raise ValueError(str(error)) from None
+        _check_days(specs)
+        return ZonedCrontab(zone=zone, **dict[str, Any](specs))
+    except (ParseException, IndexError) as error:
+        raise Refused(f"is no crontab ({error})") from None
 
 
-def _timedelta(text: str) -> timedelta:
-    fields = _json_object(text, '{"hours": 24}')
-    try:
-        period = timedelta(**fields)
-    except TypeError as error:
-        raise ValueError(f"{error}; expected numbers of days, hours, minutes, seconds") from None
-    return _positive(period)
+def _check_days(specs: Mapping[str, str]) -> None:
+    first = min(crontab_parser(31, 1).parse(specs.get("day_of_month", "*")))
+    months = crontab_parser(12, 1).parse(specs.get("month_of_year", "*"))
+    longest = max(_MONTH_LENGTHS[month - 1] for month in months)
+    if first > longest:
+        raise Refused(
+            f"never comes: day_of_month begins with {first}, and the longest of these months has "
+            f"{longest} days",
+            str(longest),
+        )
 
 
-def _integer(text: str) -> timedelta:
-    try:
-        period = timedelta(seconds=int(text))
-    except ValueError:
-        raise ValueError("expected a whole number of seconds") from None
-    return _positive(period)
-
-
-def _positive(period: timedelta) -> timedelta:
-    if period <= timedelta(0):
-        raise ValueError("the period must be longer than zero")
-    return period
-
-
-def _json_object(text: str, example: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error}); expected an object such as {example}") from None
-    if not isinstance(fields, dict) or not fields:
-        raise ValueError(f"expected a JSON object such as {example}")
+def _crontab_fields(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str) and not value.startswith(("{", "[")):
+        words = value.split()
+        if len(words) != len(_FIELDS):
+            raise Refused(
+                f"has {len(words)} fields; a crontab has 5 (minute, hour, day of month, month, "
+                'day of week), such as */15 * * * *, or is a JSON object such as {"minute": "*/15"}'
+            )
+        return dict(zip(_FIELDS, words, strict=True))
+    fields = _json_object(value, '{"minute": "*/15"}')
+    for name in fields:
+        if name not in _FIELDS:
+            names = ", ".join(_FIELDS)
+            raise Refused(
+                f"has the unknown field {name}; the fields are {names}", nearest(name, _FIELDS)
+            )
     return fields
 
 
-#: Parser of ``schedule`` for each ``type``.
-SCHEDULE_TYPES: dict[str, Callable[[str], crontab | timedelta]] = {
-    "crontab": _crontab,
+def _spec(name: str, field: Any) -> str:
+    if isinstance(field, list) and field:
+        return ",".join(_spec(name, each) for each in field)
+    if isinstance(field, bool) or not isinstance(field, (str, int)):
+        raise Refused(f"has {name} = {field!r}, which is neither a number nor text")
+    text = str(field).replace(" ", "").lower()
+    for part in text.split(","):
+        _check_part(name, part)
+    return text
+
+
+def _check_part(name: str, part: str) -> None:
+    least, most = _FIELDS[name]
+    match = _PART.fullmatch(part)
+    if not match:
+        raise Refused(f"has {name} = {part!r}, which is none of *, 5, 1-5, */2, 1-5/2 and a list")
+    for text in (match["first"], match["last"]):
+        if text is not None:
+            _check_number(name, text)
+    step = match["step"]
+    if step is None:
+        return
+    if match["first"] and not match["last"]:
+        raise Refused(
+            f"has {name} = {part!r}, a step without a range", f"{match['first']}-{most}/{step}"
+        )
+    if not step.isdigit() or not 1 <= int(step[:9]) <= most - least + 1:
+        raise Refused(
+            f"has {name} = {part!r}; a step is from 1 to {most - least + 1}", f"*/{most - least}"
+        )
+
+
+def _check_number(name: str, text: str) -> None:
+    least, most = _FIELDS[name]
+    names = _NAMES.get(name, [])
+    if text.isdigit() and least <= int(text[:9]) <= most:
+        return
+    if len(text) >= 3 and any(each.startswith(text) for each in names):
+        return
+    short = [each[:3] for each in names]
+    words = f" or {', '.join(short)}" if short else ""
+    close = "0" if (name, text) in _OTHER_ZEROS else nearest(text, short)
+    raise Refused(f"has {name} = {text!r}; {name} is from {least} to {most}{words}", close)
+
+
+# --- Periods and the sun ----------------------------------------------------------------------
+
+_PERIOD_UNITS = ["weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"]
+
+
+def _timedelta(value: Any) -> timedelta:
+    if isinstance(value, str) and not value.startswith(("{", "[")):
+        seconds = period(value)
+        if seconds is None:
+            raise Refused('is neither a period such as 24h or 1h30m nor JSON such as {"hours": 24}')
+        return _positive(seconds=seconds)
+    fields = _json_object(value, '{"hours": 24}')
+    for name, amount in fields.items():
+        if name not in _PERIOD_UNITS:
+            units = ", ".join(_PERIOD_UNITS)
+            raise Refused(
+                f"has the unknown unit {name}; the units are {units}", nearest(name, _PERIOD_UNITS)
+            )
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+            raise Refused(f"has {name} = {amount!r}, which is no number")
+    return _positive(**fields)
+
+
+def _integer(value: Any) -> timedelta:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        return _positive(seconds=int(value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _positive(seconds=value)
+    raise Refused("is no whole number of seconds", "type = number")
+
+
+def _number(value: Any) -> timedelta:
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if math.isnan(seconds):
+        raise Refused("is no number of seconds")
+    return _positive(seconds=seconds)
+
+
+def _positive(**amounts: float) -> timedelta:
+    try:
+        duration = timedelta(**amounts)
+    except (OverflowError, ValueError):
+        raise Refused("is longer than a calendar") from None
+    if duration <= timedelta(0):
+        raise Refused("is no period: it must be longer than zero")
+    return duration
+
+
+def _solar(value: Any) -> solar:
+    if isinstance(value, str) and not value.startswith(("{", "[")):
+        value = dict(zip(("event", "lat", "lon"), value.split(), strict=False))
+    fields = _json_object(value, '{"event": "sunset", "lat": 52.5, "lon": 13.4}')
+    if set(fields) != {"event", "lat", "lon"}:
+        raise Refused("needs event, lat and lon, such as sunset 52.5 13.4")
+    event = fields["event"]
+    if event not in solar._all_events:
+        events = ", ".join(sorted(solar._all_events))
+        raise Refused(
+            f"has the unknown event {event!r}; the events are {events}",
+            nearest(str(event), solar._all_events),
+        )
+    lat, lon = _degrees(fields, "lat", 90), _degrees(fields, "lon", 180)
+    try:
+        return solar(event, lat, lon)
+    except ImproperlyConfigured:
+        raise Refused("needs the package ephem; pip install 'celery[solar]'") from None
+
+
+def _degrees(fields: Mapping[str, Any], name: str, most: int) -> float:
+    try:
+        degrees = float(fields[name])
+    except (TypeError, ValueError):
+        degrees = math.nan
+    if not -most <= degrees <= most:
+        raise Refused(f"has {name} = {fields[name]!r}; {name} is from -{most} to {most}")
+    return degrees
+
+
+def _json_object(value: Any, example: str) -> dict[str, Any]:
+    fields = json_value(value) if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not fields:
+        raise Refused(f"is no JSON object such as {example}")
+    return fields
+
+
+#: Parser of ``schedule`` for each ``type``, except for crontab, which takes a zone as well.
+_PARSERS: dict[str, Callable[[Any], Any]] = {
     "timedelta": _timedelta,
     "integer": _integer,
+    "number": _number,
+    "solar": _solar,
 }
+SCHEDULE_TYPES = ("crontab", *_PARSERS)
 
 
-def parse_schedule(kind: str, text: str) -> crontab | timedelta:
-    """Return the Celery schedule that ``text`` describes.
+def parse_schedule(kind: str, value: Any, zone: str | None = None) -> Any:
+    """Return the Celery schedule that ``value`` describes.
 
-    :param kind: a key of :data:`SCHEDULE_TYPES`.
-    :param text: a JSON object for crontab and timedelta, a number of seconds for integer.
-    :raises ValueError: with what is wrong and what was expected.
+    :param kind: one of :data:`SCHEDULE_TYPES`.
+    :param value: text, or what a JSON text would hold.
+    :param zone: name of the time zone that a crontab is meant in.
+    :raises Refused: with the field, its range, and perhaps a suggestion.
     :raises KeyError: if ``kind`` is unknown.
     """
-    return SCHEDULE_TYPES[kind](text.strip())
+    if isinstance(value, str):
+        value = value.strip()
+    return _crontab(value, zone) if kind == "crontab" else _PARSERS[kind](value)
+
+
+def describe(schedule: Any) -> str:
+    """Return a schedule in words that fit on one line."""
+    if isinstance(schedule, crontab):
+        line = " ".join(str(getattr(schedule, f"_orig_{name}")) for name in _FIELDS)
+        zone = getattr(schedule, "zone", None)
+        return f"{line} ({zone})" if zone else line
+    if isinstance(schedule, solar):
+        return f"{schedule.event} at {schedule.lat} {schedule.lon}"
+    run_every = getattr(schedule, "run_every", schedule)
+    return f"every {run_every}" if isinstance(run_every, timedelta) else str(run_every)

@@ -37,6 +37,7 @@ __all__ = (
     "TaskProxy",
     "TransactionalTask",
     "add_celery_task",
+    "add_imported_task",
     "celery_app",
     "retry_attempts",
     "task",
@@ -236,8 +237,8 @@ class TransactionalTask(RequestAwareTask):
 
     Tasks dispatched by the function leave when it has committed. ``self.retry()`` aborts and is
     sent; ``self.replace()`` and ``raise Ignore()`` commit; ``raise Reject()`` and a doomed
-    transaction abort. Without the outbox a task runs at least as often as it is delivered: a
-    worker that dies in the middle loses it, unless ``acks_late`` is set.
+    transaction abort. A worker that dies in the middle of a run loses the task; with ``acks_late``
+    it is delivered again, and may then run twice.
     """
 
     abstract = True
@@ -355,10 +356,16 @@ class TaskProxy:
     def name(self) -> str:
         """Name of the task: the option ``name``, else module and name of the function."""
         name = self._options.get("name") or getattr(self._target, "name", None)
-        return name or f"{self._target.__module__}.{self._target.__name__}"
+        return name or self.target
+
+    @property
+    def target(self) -> str:
+        """Module and name of what is declared, for messages."""
+        return f"{self._target.__module__}.{self._target.__name__}"
 
     def register(self, app: PyramidCelery) -> Task:
         """Make the task of ``app``, and return it."""
+        app.declared[self.name] = self
         options = {**self._options, "name": self.name}
         if not inspect.isclass(self._target):
             options.setdefault("base", TransactionalTask)
@@ -435,8 +442,9 @@ def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
 
 
 def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
-    # Not the directive: the scan may come before the include.
-    add_celery_task(scanner.config, proxy)
+    # Not the directive: config.scan() may come before the include.
+    add = getattr(scanner, "add_celery_task", None) or partial(add_celery_task, scanner.config)
+    add(proxy)
 
 
 def add_celery_task(
@@ -448,20 +456,43 @@ def add_celery_task(
         ``@task`` takes them.
     """
     declared = target if isinstance(target, TaskProxy) else TaskProxy(target, options)
-    # `config.scan()` and `imports` usually find the same module: once is enough.
-    found = config.registry.__dict__.setdefault("_ws_celery_found", set())
-    if declared in found:
-        return
-    found.add(declared)
+
+    def register() -> None:
+        app = get_celery_app(config.registry)
+        if app.declared.get(declared.name) is not declared:
+            declared.register(app)
+
+    introspectables = (_introspectable(config, declared),)
+    config.action(("celery task", declared.name), register, introspectables=introspectables)
+
+
+def add_imported_task(config: Any, declared: TaskProxy) -> None:
+    """Register a task that ``imports`` names, unless ``config.scan()`` has found it already.
+
+    It is no action: one that is added while others are executed makes Pyramid stumble over actions
+    of an earlier phase that were overridden.
+
+    :raises ConfigurationError: if another task has its name.
+    """
+    app = get_celery_app(config.registry)
+    other = app.declared.get(declared.name)
+    if other is None:
+        declared.register(app)
+        if config.introspection:
+            _introspectable(config, declared).register(config.introspector, config.action_info)
+    elif other is not declared:
+        raise ConfigurationError(
+            f"[celery] imports: {other.target} and {declared.target} are both tasks called "
+            f"{declared.name!r}. Give one of them another name."
+        )
+
+
+def _introspectable(config: Any, declared: TaskProxy) -> Any:
     introspectable = config.introspectable(
         "celery tasks", declared.name, repr(declared), "celery task"
     )
     introspectable["task"] = declared
-
-    def register() -> None:
-        declared.register(get_celery_app(config.registry))
-
-    config.action(("celery task", declared.name), register, introspectables=(introspectable,))
+    return introspectable
 
 
 class _CurrentCeleryApp(Proxy):

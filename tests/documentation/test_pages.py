@@ -7,6 +7,8 @@ from pathlib import Path
 
 from docutils.core import publish_doctree
 
+import ws_celery.settings
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,3 +26,11 @@ def test_the_diagram_of_the_modules_shows_the_layers_that_are_checked():
     places = [re.search(rf"\b{module}\b", diagram) for module in modules]
     assert all(places), modules
     assert places == sorted(places, key=lambda place: place.start())
+
+
+def test_the_map_of_the_settings_names_each_module():
+    package = Path(ws_celery.settings.__file__).parent
+    described = re.findall(r"(?m)^    (\w+(?: \w+)?)  ", ws_celery.settings.__doc__)
+
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    assert set(" ".join(described).split()) == modules

@@ -47,7 +47,7 @@ def test_no_ini_file_is_given(run):
 def test_the_celery_section_is_missing(ini, run):
     replace(ini, r"^\[celery\]$", "[cellery]")
 
-    check_refused(run("worker", "--ini", str(ini)), str(ini), "[celery]", "missing")
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "[cellery]", "mean [celery]?")
 
 
 def test_the_application_section_is_missing(ini, run):
@@ -82,6 +82,27 @@ def test_a_value_has_the_wrong_type(ini, run):
     check_refused(
         run("worker", "--ini", str(ini)), "[celery] worker_concurrency", "'many'", "whole number"
     )
+
+
+@pytest.mark.parametrize("command", ["worker", "dev"])
+def test_the_file_is_not_in_utf_8(ini, run, command):
+    with ini.open("ab") as file:
+        file.write(b"# \xff")
+
+    check_refused(run(command, "--ini", str(ini)), str(ini), "UTF-8")
+
+
+@pytest.mark.parametrize("command", ["worker", "dev"])
+def test_a_key_stands_twice_in_a_section(ini, run, command):
+    replace(ini, "^worker_concurrency = 2", "worker_concurrency = 2\nworker_concurrency = 3")
+
+    check_refused(run(command, "--ini", str(ini)), "worker_concurrency", "already set")
+
+
+def test_dev_has_no_web_server_to_run(ini, run):
+    replace(ini, r"^\[server:main\]$", "[server:other]")
+
+    check_refused(run("dev", "--ini", str(ini)), str(ini), "[server:main]", "missing")
 
 
 def test_another_celery_app_is_asked_for(ini, run):

@@ -102,7 +102,7 @@ def test_a_word_that_is_neither_true_nor_false_is_refused():
 def test_a_list_has_its_items_on_lines():
     settings = celery_settings({"celery": {"imports": "\n  one.tasks\n  two.tasks"}}, "app.ini")
 
-    assert settings["imports"] == ["one.tasks", "two.tasks"]
+    assert settings["imports"] == ("one.tasks", "two.tasks")
 
 
 def test_a_mapping_is_json():
@@ -127,7 +127,7 @@ def test_a_route_has_a_section_of_its_own():
 
 def test_an_unknown_key_is_refused_with_a_suggestion():
     with pytest.raises(
-        ConfigurationError, match=r"app\.ini: \[celery\] broker_ur is not.*mean broker_url\?"
+        ConfigurationError, match=r"app\.ini: \[celery\] broker_ur = .* is no .*mean broker_url\?"
     ):
         read("broker_ur = redis://")
 

@@ -338,6 +338,19 @@ def test_two_tasks_of_one_name_conflict(make_config):
         config.commit()
 
 
+def test_imports_do_not_disturb_overridden_actions_of_pyramid(make_app, write_module):
+    def predicate(config):
+        config.add_view_predicate("anything", object)
+
+    def override(config):
+        config.include(predicate)
+        predicate(config)
+
+    app = make_app(celery=f"imports = {write_module(TASKS)}", setup=override)
+
+    assert own_tasks(app) == {"plain", "bound", "Class", "by-the-app"}
+
+
 def test_the_scan_may_come_before_the_include(write_ini, write_module):
     ini = write_ini("[celery]\nbroker_url = memory://")
     config = Configurator(settings={"ws_celery.config_uri": ini})
@@ -363,7 +376,7 @@ def test_a_task_of_imports_conflicts_with_another_one_of_its_name(make_config, w
     config = make_config(celery=f"imports = {module}")
     config.add_celery_task(add)
 
-    with pytest.raises(ConfigurationConflictError, match="celery task"):
+    with pytest.raises(ConfigurationExecutionError, match=r"imports: .*add.* and .*another"):
         config.commit()
 
 

@@ -140,7 +140,7 @@ def test_a_time_limit_during_a_subscriber_ends_the_task(make_app):
 @pytest.mark.parametrize("key", ["publish_timeout", "publish_cooldown"])
 def test_a_time_that_is_none_ends_the_start(make_app, key, value):
     with pytest.raises(
-        ConfigurationExecutionError, match=rf"ws_celery\.{key} = .* number of seconds"
+        ConfigurationExecutionError, match=rf"ws_celery\.{key} = .*more than 0 seconds"
     ):
         make_app(**{f"ws_celery__{key}": value})
 

@@ -8,6 +8,7 @@ it configured when click converts them.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from typing import Any
@@ -18,14 +19,16 @@ from celery.bin.celery import celery
 
 from ws_celery.app import INI_VARIABLE, PyramidCelery
 from ws_celery.cli.application import check_schedule, find_ini, load_celery_app
-from ws_celery.cli.arguments import take_options
+from ws_celery.cli.arguments import Options, take_options
+from ws_celery.cli.check import check
 from ws_celery.cli.development import demo, dev
 from ws_celery.exceptions import WsCeleryError
+from ws_celery.settings import INI_VARIABLES, ini_variables
 
 __all__ = ("main",)
 
 #: Our own commands; they load what they need themselves.
-_OURS: dict[str, click.Command] = {"demo": demo, "dev": dev}
+_OURS: dict[str, click.Command] = {"check": check, "demo": demo, "dev": dev}
 _COMMANDS = {**celery.commands, **_OURS}
 
 _USAGE = 2
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     maybe_patch_concurrency(["ws-celery", *arguments])
     try:
         options, arguments = take_options(arguments)
-        _remember(options.ini)
+        _remember(options)
         app = _load(options.ini, arguments)
         _group(app).main(args=arguments, prog_name="ws-celery", auto_envvar_prefix="CELERY")
     except WsCeleryError as error:
@@ -49,10 +52,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_USAGE)
 
 
-def _remember(ini: str | None) -> None:
+def _remember(options: Options) -> None:
     # For children that start anew: --detach, multi, HUP, spawn.
-    if ini:
-        os.environ[INI_VARIABLE] = find_ini(ini)
+    if options.ini:
+        os.environ[INI_VARIABLE] = find_ini(options.ini)
+    if options.ini_vars:
+        os.environ[INI_VARIABLES] = json.dumps({**ini_variables(), **options.ini_vars})
 
 
 def _load(ini: str | None, arguments: list[str]) -> PyramidCelery | None:
@@ -75,11 +80,19 @@ def _group(app: PyramidCelery | None) -> click.Group:
         expose_value=False,
         help=f"INI file of the application; accepted in any position. [env: {INI_VARIABLE}]",
     )
+    vars_option = click.Option(
+        ["--ini-var"],
+        metavar="NAME=VALUE",
+        multiple=True,
+        expose_value=False,
+        help="Value of %(NAME)s in the INI file, several separated by commas; may be repeated, "
+        "and beats [DEFAULT].",
+    )
     group_class: Any = type(celery)
     return group_class(
         "ws-celery",
         commands=_COMMANDS,
-        params=[ini_option, app_option, *params],
+        params=[ini_option, vars_option, app_option, *params],
         callback=celery.callback,
         invoke_without_command=True,
         help="Run and look after the Celery of a Pyramid application.",

@@ -23,6 +23,7 @@ from ws_celery.exceptions import (
     TaskNotRegistered,
     WsCeleryError,
 )
+from ws_celery.settings import ini_variables, survey
 
 __all__ = ("READY_VARIABLE", "check_schedule", "find_ini", "load_celery_app")
 
@@ -54,22 +55,11 @@ def load_celery_app(config_uri: str) -> PyramidCelery:
     try:
         _set_up_logging(plaster.get_loader(config_uri, protocols=["wsgi"]))
         app = get_celery_app(load_registry(config_uri))
-    except NotIncluded:
-        raise NotIncluded(f"The application in {config_uri}") from None
-    except ConfigurationExecutionError as error:
-        if isinstance(error.evalue, NotIncluded):
-            raise NotIncluded(f"The application in {config_uri}") from None
-        if isinstance(error.evalue, WsCeleryError):
-            raise error.evalue from None
-        raise
-    except configparser.Error as error:
-        raise ConfigurationError(f"{config_uri}: {error}") from error
-    except LookupError as error:
-        if not _raised_by_paste(error):
+    except Exception as error:
+        explained = _explain(error, config_uri)
+        if explained is None:
             raise
-        raise ConfigurationError(
-            f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
-        ) from error
+        raise explained from None
     app.set_default()
     if ready_file := os.environ.get(READY_VARIABLE):
         signals.worker_ready.connect(lambda **_: Path(ready_file).touch(), weak=False)
@@ -84,6 +74,24 @@ def check_schedule(app: PyramidCelery) -> None:
     for name, entry in app.conf.beat_schedule.items():
         if entry["task"] not in app.tasks:
             raise TaskNotRegistered(entry["task"], f"[celerybeat:{name}]")
+
+
+def _explain(error: Exception, config_uri: str) -> WsCeleryError | None:
+    """Return what to say of an error, or ``None`` if it is the application's own."""
+    if isinstance(error, ConfigurationExecutionError) and isinstance(error.evalue, WsCeleryError):
+        error = error.evalue
+    if isinstance(error, NotIncluded):
+        return NotIncluded(f"The application in {config_uri}")
+    if isinstance(error, WsCeleryError):
+        return error
+    if isinstance(error, (configparser.Error, UnicodeDecodeError)):
+        _, faults = survey(config_uri, need_broker=False)
+        return ConfigurationError(*faults) if faults else None
+    if isinstance(error, LookupError) and _raised_by_paste(error):
+        return ConfigurationError(
+            f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
+        )
+    return None
 
 
 def _raised_by_paste(error: BaseException) -> bool:
@@ -104,7 +112,7 @@ def _set_up_logging(loader: Any) -> None:
             if given("logfile") is ParameterSource.COMMANDLINE and logfile:
                 _set_file(logfile)
 
-    loader.setup_logging()
+    loader.setup_logging(ini_variables())
     # Celery configures logging only where nobody is connected.
     signals.setup_logging.connect(keep, weak=False)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 from ws_celery.exceptions import ConfigurationError
 
@@ -17,13 +18,15 @@ class Options:
     """The options that are ours in every command.
 
     :param ini: value of ``--ini``, or ``None``.
+    :param ini_vars: what all ``--ini-var`` say.
     """
 
     ini: str | None = None
+    ini_vars: dict[str, str] = field(default_factory=dict)
 
 
 def take_options(arguments: list[str]) -> tuple[Options, list[str]]:
-    """Take ``--ini`` and ``-A`` out of the arguments, wherever they stand before a ``--``.
+    """Take ``--ini``, ``--ini-var`` and ``-A`` out of the arguments, in any place before a ``--``.
 
     :return: the options, and the arguments that are left.
     :raises ConfigurationError: if one has no value, or ``-A`` names another app than the INI's.
@@ -35,7 +38,7 @@ def take_options(arguments: list[str]) -> tuple[Options, list[str]]:
             rest += [word, *words]
             break
         name, glued, value = _split(word)
-        if name not in ("--ini", "--app", "-A"):
+        if name not in ("--ini", "--ini-var", "--app", "-A"):
             rest.append(word)
             continue
         text = value if glued else next(words, None)
@@ -43,12 +46,24 @@ def take_options(arguments: list[str]) -> tuple[Options, list[str]]:
             raise ConfigurationError(f"{name} needs a value.")
         if name == "--ini":
             options.ini = text
+        elif name == "--ini-var":
+            options.ini_vars.update(_variables(text))
         elif text not in _OUR_APP:
             raise ConfigurationError(
                 f"{name} {text}: the application comes from the INI file. "
                 f"Leave {name} out, or write {name} {_OUR_APP[1]}."
             )
     return options, rest
+
+
+def _variables(text: str) -> dict[str, str]:
+    # A comma belongs to the value unless another NAME= follows it.
+    pairs = [pair.partition("=") for pair in re.split(r",(?=[A-Za-z_][\w.-]*=)", text)]
+    for name, equals, _ in pairs:
+        if not equals or not name:
+            # The value is not shown: it may be a password.
+            raise ConfigurationError("--ini-var needs NAME=VALUE, or several with commas between.")
+    return {name: value for name, _, value in pairs}
 
 
 def _split(word: str) -> tuple[str, bool, str]:

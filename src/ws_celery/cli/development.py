@@ -21,9 +21,9 @@ from ws_celery.app import INI_VARIABLE, load_registry
 from ws_celery.cli.application import READY_VARIABLE, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
-from ws_celery.config import read_file
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
+from ws_celery.settings import ini_variables, read_configuration
 
 __all__ = ("demo", "dev")
 
@@ -83,8 +83,8 @@ def reloaded() -> None:
 
 
 def _run(config_uri: str) -> int:
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
-    host, port = _address(loader.get_settings("server:main"))
+    broker = list(_broker_program(config_uri))  # first, because it reads the file and can explain
+    host, port = _address(config_uri)
     if _accepts(host, port):
         raise ConfigurationError(
             f"Port {port} of {host} is in use. Stop what listens there, or choose another: "
@@ -95,18 +95,22 @@ def _run(config_uri: str) -> int:
         worker_ready = Path(directory, "worker-ready")
         os.environ[READY_VARIABLE] = str(worker_ready)
         programs = [
-            *_broker_program(config_uri),
+            *broker,
             # What is wrong with the configuration is said once, by the worker, which comes first.
             _program("worker", config_uri, "--without-mingle", ready=worker_ready.exists),
             _program("beat", config_uri),
             Program(
                 "web",
-                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri),
+                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri, *_variables()),
                 ready=lambda: _accepts(host, port),
                 stop_signal=signal.SIGINT,  # what pserve takes for a wish to finish
             ),
         ]
         return Processes(programs, lambda: click.secho(message, bold=True)).run()
+
+
+def _variables() -> list[str]:
+    return [f"{name}={value}" for name, value in ini_variables().items()]
 
 
 def _program(command: str, config_uri: str, *options: str, **attributes: Any) -> Program:
@@ -122,9 +126,8 @@ def _broker_program(config_uri: str) -> Iterator[Program]:
 
 
 def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
-    url = str(read_file(config_uri).get("broker_url"))
-    # Celery lets the variable beat the configuration.
-    if os.environ.get("CELERY_BROKER_URL") or not url.startswith(SCHEME):
+    url = read_configuration(config_uri).settings.get("broker_url")
+    if not isinstance(url, str) or not url.startswith(SCHEME):
         return None
     broker = EmbeddedBroker.from_url(url)
     if broker.is_running():
@@ -135,11 +138,20 @@ def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
     return broker
 
 
-def _address(settings: dict[str, str]) -> tuple[str, int]:
+def _address(config_uri: str) -> tuple[str, int]:
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    if "server:main" not in loader.get_sections():
+        raise ConfigurationError(
+            f"{config_uri}: the section [server:main] is missing; it says where the web server "
+            "listens. With waitress: `use = egg:waitress#main` and `listen = 127.0.0.1:6543`."
+        )
+    settings = loader.get_settings("server:main")
     if "listen" in settings:
         host, _, port = settings["listen"].split()[0].rpartition(":")
     else:
         host, port = settings.get("host", ""), settings.get("port", "8080")
+    if not port.isdigit():
+        raise ConfigurationError(f"{config_uri}: [server:main] has no port, but {port!r}.")
     wildcard = host in ("", "*", "0.0.0.0", "[::]")  # noqa: S104 - recognised, not bound
     return "127.0.0.1" if wildcard else host.strip("[]"), int(port)
 

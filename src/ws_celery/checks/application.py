@@ -1,0 +1,185 @@
+"""What is wrong or doubtful with a loaded application: its broker, names, times and safety."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pyramid.settings import asbool
+
+from ws_celery.app import PyramidCelery
+from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
+from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
+from ws_celery.embedded import SCHEME, EmbeddedBroker
+from ws_celery.masking import masked, masked_text
+from ws_celery.settings import Configuration
+
+__all__ = ("look_at_application",)
+
+#: Seconds after which a transport gives a message that is not acknowledged to another worker.
+_VISIBILITY = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
+_PATIENCE = 5
+
+
+def look_at_application(
+    app: PyramidCelery, configuration: Configuration, config_uri: str
+) -> Iterator[Finding]:
+    """Find what is wrong or doubtful; the broker is asked for a connection, nothing is sent."""
+    yield from _broker(app, configuration)
+    yield from _tasks(app, configuration)
+    yield from _queues(app, configuration)
+    yield from _visibility(app, configuration)
+    if not _is_development(app, config_uri):
+        yield from _for_development(configuration)
+    yield from _pickle(app, configuration)
+    yield from _results(app)
+    yield from _engines(app)
+
+
+# --- The broker -------------------------------------------------------------------------------
+
+
+def _broker(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    if app.conf.task_always_eager:
+        return
+    place = configuration.place("broker_url")
+    url = configuration.settings.get("broker_url")
+    if isinstance(url, str) and url.startswith(SCHEME):
+        if not EmbeddedBroker.from_url(url).is_running():
+            text = "the embedded broker is not running; `ws-celery dev` starts it"
+            yield Finding.at(place, NOTE, "broker-not-running", text)
+        return
+    where = masked("broker_url", url)
+    try:
+        with app.connection_for_write(connect_timeout=_PATIENCE) as connection:
+            where = masked_text(connection.as_uri())
+            if connection.transport.driver_type == "redis":
+                limits = {"socket_connect_timeout": _PATIENCE, "socket_timeout": _PATIENCE}
+                connection.transport_options = {**connection.transport_options, **limits}
+            connection.ensure_connection(max_retries=0, timeout=_PATIENCE)
+    except Exception as error:  # noqa: BLE001  each transport has errors of its own
+        text = f"the broker {where} does not answer: {masked_text(str(error))}"
+        yield Finding.at(place, ERROR, "broker-unreachable", text)
+
+
+# --- Names ------------------------------------------------------------------------------------
+
+
+def _tasks(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    for row in configuration.rows:
+        if row.category == "entry" and row.value["task"] not in app.tasks:
+            text = (
+                f"[{row.place.section}] task = {row.value['task']}: no such task is registered; "
+                "scan its module, or list it in imports"
+            )
+            yield Finding.at(row.place, ERROR, "unknown-task", text)
+        if row.category in ("route", "annotation") and not _registered(app, row.name):
+            text = f"[{row.place.section}]: no registered task has this name"
+            yield Finding.at(row.place, WARNING, "unknown-task", text)
+
+
+def _registered(app: PyramidCelery, name: str) -> bool:
+    return name in app.tasks or ("*" in name and any(fnmatchcase(t, name) for t in app.tasks))
+
+
+def _queues(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    queues = configuration.settings.get("task_queues")
+    default = app.conf.task_default_queue
+    if queues and default not in {queue.name for queue in queues}:
+        text = (
+            f"task_default_queue = {default} is not among the queues, so that workers without -Q "
+            f"do not read it; add [celeryqueue:{default}]"
+        )
+        place = next((r.place for r in configuration.rows if r.category == "queue"), None)
+        yield Finding.at(place, WARNING, "default-queue", text)
+
+
+# --- Times ------------------------------------------------------------------------------------
+
+
+def _visibility(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    transport = str(app.conf.broker_url or "").partition("://")[0].partition("+")[0].lower()
+    if transport not in _VISIBILITY:
+        return
+    options = app.conf.broker_transport_options
+    timeout = options.get("visibility_timeout", _VISIBILITY[transport])
+    longest = max(_times(app, configuration), default=(0, ""))
+    if isinstance(timeout, (int, float)) and longest[0] > timeout:
+        text = (
+            f"visibility_timeout is {timeout} seconds, and {longest[1]} is {longest[0]}: a message "
+            "is given to a second worker while the first still has it"
+        )
+        place = configuration.place("broker_transport_options")
+        yield Finding.at(place, WARNING, "visibility-timeout", text)
+
+
+def _times(app: PyramidCelery, configuration: Configuration) -> Iterator[tuple[float, str]]:
+    names = ("time_limit", "soft_time_limit")
+    for name in names:
+        yield from _numbers(getattr(app.conf, f"task_{name}"), f"task_{name}")
+    for task in app.tasks.values():
+        for name in names:
+            yield from _numbers(getattr(task, name, None), f"{name} of {task.name}")
+    for task_name, options in configuration.call_options.items():
+        for name in (*names, "countdown"):
+            yield from _numbers(options.get(name), f"{name} of {task_name}")
+    for entry_name, entry in app.conf.beat_schedule.items():
+        for name in (*names, "countdown"):
+            value = (entry.get("options") or {}).get(name)
+            yield from _numbers(value, f"{name} of [celerybeat:{entry_name}]")
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[float, str]]:
+    if isinstance(value, (int, float)):
+        yield value, name
+
+
+# --- Production -------------------------------------------------------------------------------
+
+
+def _is_development(app: PyramidCelery, config_uri: str) -> bool:
+    settings = app.registry.settings
+    debug = ("pyramid.reload_templates", "pyramid.reload_all", "pyramid.debug_all")
+    name = Path(config_uri.partition("#")[0]).name
+    return name.startswith(("dev", "test", "demo", "local")) or any(
+        asbool(settings.get(each, False)) for each in debug
+    )
+
+
+def _for_development(configuration: Configuration) -> Iterator[Finding]:
+    if configuration.settings.get("task_always_eager"):
+        text = "tasks run in place, in the request (task_always_eager)"
+        yield Finding.at(configuration.place("task_always_eager"), WARNING, "eager", text)
+    for name in ("broker_url", "result_backend"):
+        if str(configuration.settings.get(name)).startswith(SCHEME):
+            text = f"{name} is the embedded broker, which is for development"
+            yield Finding.at(configuration.place(name), WARNING, "embedded", text)
+
+
+def _pickle(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    for name in ("accept_content", "result_accept_content"):
+        accepted: Iterable[str] = app.conf[name] or ()
+        if {"pickle", "application/x-python-serialize"} & set(accepted):
+            text = f"{name} has pickle: whoever can write to the broker can run any code here"
+            yield Finding.at(configuration.place(name), WARNING, "pickle", text)
+
+
+# --- Code -------------------------------------------------------------------------------------
+
+
+def _results(app: PyramidCelery) -> Iterator[Finding]:
+    if app.conf.result_backend not in (None, "", "disabled", "disabled://"):
+        return
+    for file, line in places_that_read_results(modules_of(app)):
+        text = "a result is read here, but there is no result_backend"
+        yield Finding(WARNING, "no-result-backend", text, file, line)
+
+
+def _engines(app: PyramidCelery) -> Iterator[Finding]:
+    if app.conf.worker_pool not in ("prefork", "processes"):
+        return
+    for name, file in engines_of_modules():
+        text = f"{name} is an engine made at import, before the pool forks; make it in includeme()"
+        yield Finding(WARNING, "engine-at-import", text, file)

@@ -1,0 +1,88 @@
+"""Reads a configuration, loads its application, and collects what is found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from pyramid.exceptions import ConfigurationExecutionError
+
+from ws_celery.app import PyramidCelery, get_celery_app, load_registry
+from ws_celery.checks.application import look_at_application
+from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
+from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded
+from ws_celery.masking import masked_text
+from ws_celery.settings import WITHOUT_EFFECT, Configuration, survey
+
+__all__ = ("examine",)
+
+
+def examine(config_uri: str) -> Report:
+    """Read a configuration, load its application, and look for what is wrong or doubtful.
+
+    The application is loaded only where its configuration is right. The broker is asked for a
+    connection; nothing is sent.
+
+    :param config_uri: what plaster takes.
+    """
+    configuration, faults = survey(config_uri)
+    report = Report(config_uri, configuration.rows)
+    report.findings += map(_fault, faults)
+    report.findings += _spellings(configuration)
+    report.findings += _root()
+    if not faults:
+        app = _load(config_uri, report)
+        if app is not None:
+            # What was set in code is in there, too.
+            configuration = app.configuration or configuration
+            report.rows = configuration.rows
+            report.findings += look_at_application(app, configuration, config_uri)
+    order = (ERROR, WARNING, NOTE)
+    report.findings = sorted(
+        dict.fromkeys(report.findings), key=lambda finding: order.index(finding.severity)
+    )
+    return report
+
+
+def _fault(fault: Fault) -> Finding:
+    text = str(fault)
+    for part in (fault.file, fault.line):
+        text = text.removeprefix(f"{part}:") if part is not None else text
+    return Finding(ERROR, "configuration", text.strip(), fault.file, fault.line)
+
+
+def _spellings(configuration: Configuration) -> Iterator[Finding]:
+    for each in configuration.renamed:
+        yield Finding.at(each.place, WARNING, "old-name", f"{each.old} is {each.new} today")
+    for override in configuration.overrides:
+        yield Finding(NOTE, "environment", str(override))
+    for name, instead in WITHOUT_EFFECT.items():
+        if name in configuration.settings:
+            text = f"Celery does not read {name}, but {instead}"
+            yield Finding.at(configuration.place(name), WARNING, "without-effect", text)
+
+
+def _root() -> Iterator[Finding]:
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        text = "this runs as root; give workers and beat a user without privileges"
+        yield Finding(WARNING, "root", text)
+
+
+def _load(config_uri: str, report: Report) -> PyramidCelery | None:
+    try:
+        return get_celery_app(load_registry(config_uri))
+    except NotIncluded:
+        text = str(NotIncluded(f"The application in {config_uri}"))
+    except ConfigurationExecutionError as error:
+        if isinstance(error.evalue, ConfigurationError):
+            report.findings += map(_fault, error.evalue.faults)
+            return None
+        text = f"the application cannot be loaded: {masked_text(str(error.evalue))}"
+    except ConfigurationError as error:
+        report.findings += map(_fault, error.faults)
+        return None
+    except Exception as error:  # noqa: BLE001  whatever the application does
+        reason = f"{type(error).__name__}: {masked_text(str(error))}"
+        text = f"the application cannot be loaded ({reason})"
+    report.findings.append(Finding(ERROR, "application", text))
+    return None

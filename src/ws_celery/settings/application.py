@@ -1,0 +1,133 @@
+"""What an application adds to its INI file: its own section, ``celeryconfig.py``, and code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+import plaster
+
+from ws_celery.converters import Refused, nearest
+from ws_celery.settings.faults import Faults, Place, Value
+from ws_celery.settings.interpolation import expand_environment
+from ws_celery.settings.keys import OUR_SETTINGS
+from ws_celery.settings.kinds import BOOL
+from ws_celery.settings.layers import Layer, is_app_key
+from ws_celery.settings.names import REMOVED, find_option
+from ws_celery.settings.options import OPTIONS
+
+__all__ = ("celeryconfig", "code", "merge_app_settings")
+
+
+def merge_app_settings(
+    own: Layer, config_uri: str | None, settings: Mapping[str, Any] | None, faults: Faults
+) -> None:
+    """Check ``ws_celery.*``; add ``celery.*`` to the layer as if it stood in ``[celery]``.
+
+    :param own: the layer of the application's own file.
+    :param settings: Pyramid's settings; those of the file's ``[app:...]`` section if not given.
+    """
+    for key, value in _app_values(own, config_uri, settings, faults).items():
+        if key.startswith("celery."):
+            _add_to_celery(own, key.removeprefix("celery."), value, faults)
+        elif key in OUR_SETTINGS:
+            faults.typed({key: value}, OUR_SETTINGS)
+        else:
+            close = nearest(key, OUR_SETTINGS)
+            faults.at(value.place, "is no setting of ws_celery", value=value.text, close=close)
+
+
+def _app_values(
+    own: Layer, config_uri: str | None, settings: Mapping[str, Any] | None, faults: Faults
+) -> dict[str, Value]:
+    section = _section_name(config_uri)
+    if settings is None:
+        return {k: value for k, value in own.sections.get(section, {}).items() if is_app_key(k)}
+    values = {}
+    places = _places(own, section)
+    for key, given in settings.items():
+        if not is_app_key(key):
+            continue
+        place = places.get(key) or Place("the application's settings", "app", key)
+        try:
+            # Pyramid has got them as they are written.
+            text = expand_environment(given) if isinstance(given, str) else given
+            values[key] = Value(text, place)
+        except ValueError as error:
+            faults.at(place, str(error))
+    return values
+
+
+def _section_name(config_uri: str | None) -> str:
+    fragment = plaster.parse_uri(config_uri).fragment if config_uri else ""
+    return f"app:{fragment or 'main'}"
+
+
+def _places(own: Layer, section: str) -> dict[str, Place]:
+    # The section of this application first; a setting may also come from another one's.
+    names = (section, *(name for name in own.sections if name.startswith("app:")))
+    places: dict[str, Place] = {}
+    for name in names:
+        for key, value in own.sections.get(name, {}).items():
+            places.setdefault(key, value.place)
+    return places
+
+
+def _add_to_celery(own: Layer, name: str, value: Value, faults: Faults) -> None:
+    celery = own.sections.setdefault("celery", {})
+    if name in celery:
+        first = celery[name].place
+        problem = f"[{first.section}] {first.key} at {first} sets it as well; keep one of them"
+        faults.at(value.place, problem)
+    else:
+        celery[name] = value
+
+
+def code(overrides: Mapping[str, Any] | None) -> list[Layer]:
+    """Return the layer of options that are set in code, if there are any."""
+    if not overrides:
+        return []
+    name = "configure_celery()"
+    values = {key: Value(value, Place(name, "code", key)) for key, value in overrides.items()}
+    return [Layer(name, {"celery": values})]
+
+
+def celeryconfig(own: Layer, faults: Faults) -> list[Layer]:
+    """Return the layer of Celery's own Python module of settings, where the INI asks for it."""
+    celery = own.sections.get("celery", {})
+    written = next((key for key in celery if key.lower() == "use_celeryconfig"), None)
+    if written is None:
+        return []
+    value = celery.pop(written)
+    name = os.environ.get("CELERY_CONFIG_MODULE") or "celeryconfig"
+    try:
+        wanted = BOOL.accept(value.text)
+        module = importlib.import_module(name) if wanted else None
+    except Refused:
+        faults.at(value.place, "", value=value.text, expected="true or false")
+        return []
+    except Exception as error:  # noqa: BLE001  whatever the module does
+        problem = f"the module {name} cannot be imported ({type(error).__name__}: {error})"
+        faults.at(value.place, problem)
+        return []
+    return [_module_layer(module)] if module else []
+
+
+def _module_layer(module: ModuleType) -> Layer:
+    file = getattr(module, "__file__", None) or module.__name__
+    values = {
+        name: Value(value, Place(file, "celeryconfig", name))
+        for name, value in vars(module).items()
+        if not name.startswith("_") and _is_setting(name, value)
+    }
+    return Layer(file, {"celery": values})
+
+
+def _is_setting(name: str, value: object) -> bool:
+    # The module's own imports and functions are no settings; a slip in a name is a fault.
+    if find_option(name) or name in REMOVED:
+        return True
+    return not isinstance(value, (ModuleType, FunctionType, type)) and bool(nearest(name, OPTIONS))

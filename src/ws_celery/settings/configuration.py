@@ -1,0 +1,138 @@
+"""The configuration of one application, from wherever it is written, typed and with its origins.
+
+Nearest first: overrides in code, the file, the files that it includes, ``celeryconfig.py``. The
+environment variables that Celery obeys beat all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ws_celery.exceptions import ConfigurationError, Fault
+from ws_celery.settings.application import celeryconfig, code, merge_app_settings
+from ws_celery.settings.environment import Override, ini_variables, obey_environment
+from ws_celery.settings.faults import Faults, Place, Value
+from ws_celery.settings.gathering import Renamed
+from ws_celery.settings.layers import Layer, read_layers
+from ws_celery.settings.sections import Sections, Setting
+
+__all__ = ("Configuration", "celery_settings", "read_configuration", "survey")
+
+log = logging.getLogger(__name__)
+
+_REMEDY = (
+    "Set broker_url in the [celery] section of the INI file, and in [app:main] "
+    "`ws_celery.config_uri = %(__file__)s`, which tells where that section is"
+)
+
+
+@dataclass
+class Configuration:
+    """What was read.
+
+    :param settings: Celery's settings by today's names, typed.
+    :param rows: each thing that was read, with its place.
+    :param renamed: old spellings that were understood.
+    :param overrides: environment variables that beat what is written.
+    :param call_options: options of calls by task or glob, from routes.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: list[Setting] = field(default_factory=list)
+    renamed: list[Renamed] = field(default_factory=list)
+    overrides: list[Override] = field(default_factory=list)
+    call_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def place(self, option: str) -> Place | None:
+        """Return where an option, or the first of its keys, is written."""
+        return next((row.place for row in self.rows if row.belongs_to(option)), None)
+
+    def report(self) -> None:
+        """Log, one line each, what somebody who reads the files would not expect."""
+        for override in self.overrides:
+            log.warning("%s", override)
+        if self.renamed:
+            names = dict.fromkeys(f"{each.old} is {each.new}" for each in self.renamed)
+            log.warning("old names of settings, which still work: %s", ", ".join(names))
+
+
+def read_configuration(
+    config_uri: str | None,
+    app_settings: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    need_broker: bool = True,
+) -> Configuration:
+    """Return the configuration of an application.
+
+    :param config_uri: what plaster takes; ``None`` where there is no file.
+    :param app_settings: Pyramid's settings, for ``celery.*`` and ``ws_celery.*``; those of the
+        file's ``[app:...]`` section if not given.
+    :param overrides: options from code, by name; they beat what is in files.
+    :param need_broker: whether it is a fault if there is no broker.
+    :raises ConfigurationError: with all that is wrong.
+    """
+    configuration, faults = survey(config_uri, app_settings, overrides, need_broker=need_broker)
+    if faults:
+        raise ConfigurationError.of(faults)
+    return configuration
+
+
+def survey(
+    config_uri: str | None,
+    app_settings: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    need_broker: bool = True,
+) -> tuple[Configuration, list[Fault]]:
+    """Return what could be read, and all that is wrong; see :func:`read_configuration`."""
+    layers, faults = read_layers(config_uri, ini_variables()) if config_uri else ([], Faults())
+    readable = not faults
+    own = layers[0] if layers else Layer(config_uri or "")
+    merge_app_settings(own, config_uri, app_settings, faults)
+    layers = [*code(overrides), *(layers or [own]), *celeryconfig(own, faults)]
+    sections = Sections(layers, faults)
+    if config_uri and readable and _lacks_celery(layers, faults):
+        faults.append(Fault(f"the section [celery] is missing. {_REMEDY}", config_uri))
+    settings = sections.settings
+    changed = obey_environment(settings, sections.rows, faults)
+    if need_broker and not faults and not _has_broker(settings):
+        text = "no broker is configured" if config_uri else "No broker is configured"
+        faults.append(Fault(f"{text}. {_REMEDY}", config_uri))
+    configuration = Configuration(
+        settings, sections.rows, sections.renamed, changed, sections.call_options
+    )
+    return configuration, list(ConfigurationError.of(faults).faults)
+
+
+def _lacks_celery(layers: list[Layer], faults: Faults) -> bool:
+    misspelt = any(fault.nearest == "[celery]" for fault in faults)
+    return not misspelt and not any("celery" in each.sections for each in layers)
+
+
+def _has_broker(settings: Mapping[str, Any]) -> bool:
+    # broker_host and broker_transport are older ways to say it.
+    options = ("broker_url", "broker_write_url", "broker_host", "broker_transport")
+    return any(settings.get(name) for name in (*options, "task_always_eager"))
+
+
+def celery_settings(sections: Mapping[str, Mapping[str, str]], source: str) -> dict[str, Any]:
+    """Return Celery's settings from sections that something else has read.
+
+    :param sections: all sections; those that are not ours are left alone.
+    :param source: name of the file, for messages.
+    :raises ConfigurationError: with all that is wrong.
+    """
+    layer = Layer(source)
+    for section, values in sections.items():
+        layer.sections[section] = {
+            key: Value(text.strip(), Place(source, section, key)) for key, text in values.items()
+        }
+    faults = Faults()
+    settings = Sections([layer], faults).settings
+    if faults:
+        raise ConfigurationError.of(faults)
+    return settings

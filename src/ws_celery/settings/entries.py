@@ -1,0 +1,79 @@
+"""``[celerybeat:NAME]``: one entry of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ws_celery.converters import nearest
+from ws_celery.schedules import SCHEDULE_TYPES, parse_schedule
+from ws_celery.settings.faults import Faults, Place, Value
+from ws_celery.settings.keys import ENTRY_KEYS, ROUTE_KEYS, accept_keys
+
+__all__ = ("read_entry",)
+
+_TYPES = f"one of {', '.join(SCHEDULE_TYPES)}"
+
+
+def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> dict[str, Any] | None:
+    """Return an entry as Celery's ``beat_schedule`` has it.
+
+    :param values: the keys of the section.
+    :param place: where the entry begins.
+    :param faults: where to add what is wrong.
+    :return: ``None`` if the entry is switched off, or something is wrong.
+    """
+    before = len(faults)
+    plain = {key: value for key, value in values.items() if key not in ("schedule", "type")}
+    keys = faults.typed(plain, ENTRY_KEYS, also=("schedule", "type"))
+    if keys.get("enabled") is False:
+        return None
+    for key in ("task", "schedule"):
+        if key not in values:
+            faults.at(place.key_beside(key), "is missing; an entry needs task, type and schedule")
+    timing = _timing(values, keys, place, faults) if "schedule" in values else None
+    options = {}
+    if "options" in keys:
+        with faults.catching(values["options"]):
+            options = accept_keys(keys["options"], ROUTE_KEYS)
+    if len(faults) > before:
+        return None
+    entry = {
+        "task": keys["task"],
+        "schedule": timing,
+        "args": keys.get("args", []),
+        "kwargs": keys.get("kwargs", {}),
+        "options": options,
+    }
+    return {**entry, "relative": True} if keys.get("relative") else entry
+
+
+def _timing(
+    values: Mapping[str, Value], keys: Mapping[str, Any], place: Place, faults: Faults
+) -> Any:
+    schedule, kind = values["schedule"], values.get("type")
+    text = schedule.text
+    if kind is None and not isinstance(text, (str, dict)):
+        if not isinstance(text, (int, float)) or isinstance(text, bool):
+            return text  # a schedule that was made in Python
+        kind = Value("number", schedule.place)
+    if kind is None:
+        faults.at(place.key_beside("type"), "is missing", expected=_TYPES)
+        return None
+    name = str(kind.text).strip()
+    if name not in SCHEDULE_TYPES:
+        faults.at(
+            kind.place,
+            "is no type of schedule",
+            value=name,
+            expected=_TYPES,
+            close=nearest(name, SCHEDULE_TYPES),
+        )
+        return None
+    for key, types in (("timezone", ("crontab",)), ("relative", SCHEDULE_TYPES[1:4])):
+        if keys.get(key) and name not in types:
+            problem = f"has no meaning for the type {name}, only for {', '.join(types)}"
+            faults.at(values[key].place, problem)
+    with faults.catching(schedule):
+        return parse_schedule(name, text, keys.get("timezone"))
+    return None

@@ -1,0 +1,241 @@
+"""What may stand in the sections that are not ``[celery]`` itself, and of which kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ws_celery.converters import Refused, nearest, untyped
+from ws_celery.settings.broker_kinds import (
+    COMPRESSION,
+    DELIVERY_MODE,
+    EXCHANGE_TYPE,
+    PRIORITY,
+    RATE,
+    RETRY_POLICY,
+    SERIALIZER,
+)
+from ws_celery.settings.kinds import (
+    BOOL,
+    SECONDS,
+    TEXT,
+    ZONE,
+    Kind,
+    choice,
+    json_value_of,
+    mapping,
+    number,
+    whole,
+)
+
+__all__ = (
+    "ANNOTATION_KEYS",
+    "CALL_KEYS",
+    "ENTRY_KEYS",
+    "MESSAGE_KEYS",
+    "OUR_SETTINGS",
+    "QUEUE_KEYS",
+    "ROUTE_KEYS",
+    "TRANSPORT_KEYS",
+    "accept_keys",
+)
+
+
+def _nullable(kind: Kind) -> Kind:
+    """Return the same kind with ``none`` for a value as well."""
+
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind.convert(text)
+
+    return replace(
+        kind,
+        expected=f"{kind.expected}, or none",
+        convert=convert,
+        types=(*kind.types, type(None)),
+        finish=lambda value: None if value is None else kind.finish(value),
+    )
+
+
+_SECONDS = _nullable(SECONDS)
+_WHOLE = _nullable(whole())
+_BOOL_OR_TEXT = Kind("bool or text", "true, false or text", "true", untyped, (bool,))
+
+#: Options of a call that end in the message's properties; Celery takes them from a route.
+MESSAGE_KEYS: dict[str, Kind] = {
+    "queue": TEXT,
+    "exchange": TEXT,
+    "exchange_type": EXCHANGE_TYPE,
+    "routing_key": TEXT,
+    "priority": PRIORITY,
+    "serializer": SERIALIZER,
+    "compression": COMPRESSION,
+    "delivery_mode": DELIVERY_MODE,
+    "expiration": SECONDS,
+    "retry": BOOL,
+    "retry_policy": RETRY_POLICY,
+    "headers": mapping('{"tenant": "a"}'),
+    "mandatory": BOOL,
+    "immediate": BOOL,
+    "timeout": SECONDS,
+    "confirm_timeout": SECONDS,
+    "correlation_id": TEXT,
+    "message_id": TEXT,
+    "user_id": TEXT,
+    "app_id": TEXT,
+}
+
+#: Options of a call that Celery itself refuses in a route: ws_celery adds them to the call.
+CALL_KEYS: dict[str, Kind] = {
+    "countdown": SECONDS,
+    "expires": SECONDS,
+    "time_limit": SECONDS,
+    "soft_time_limit": SECONDS,
+    "ignore_result": BOOL,
+    "shadow": TEXT,
+}
+
+#: ``[celeryroute:TASK]``, and ``options`` of ``[celerybeat:NAME]``.
+ROUTE_KEYS: dict[str, Kind] = {**MESSAGE_KEYS, **CALL_KEYS}
+
+#: ``[celeryqueue:NAME]``.
+QUEUE_KEYS: dict[str, Kind] = {
+    "exchange": TEXT,
+    "type": EXCHANGE_TYPE,
+    "routing_key": TEXT,
+    "priority": PRIORITY,
+    "durable": BOOL,
+    "auto_delete": BOOL,
+    "exclusive": BOOL,
+    "expires": SECONDS,
+    "message_ttl": SECONDS,
+    "max_length": whole(1),
+    "max_length_bytes": whole(1),
+    "queue_arguments": mapping('{"x-queue-type": "quorum"}'),
+}
+
+#: ``[celeryannotate:TASK]``: attributes of a task that are read when it is called or run.
+ANNOTATION_KEYS: dict[str, Kind] = {
+    "rate_limit": _nullable(RATE),
+    "time_limit": _SECONDS,
+    "soft_time_limit": _SECONDS,
+    "max_retries": _WHOLE,
+    "default_retry_delay": SECONDS,
+    "expires": _SECONDS,
+    "priority": _nullable(PRIORITY),
+    "queue": TEXT,
+    "exchange": TEXT,
+    "routing_key": TEXT,
+    "serializer": SERIALIZER,
+    "compression": _nullable(COMPRESSION),
+    "delivery_mode": DELIVERY_MODE,
+    "ignore_result": BOOL,
+    "store_eager_result": BOOL,
+    "store_errors_even_if_ignored": BOOL,
+    "track_started": BOOL,
+    "trail": BOOL,
+    "send_events": BOOL,
+    "acks_late": BOOL,
+    "acks_on_failure_or_timeout": BOOL,
+    "acks_on_failure": _nullable(BOOL),
+    "acks_on_timeout": _nullable(BOOL),
+    "reject_on_worker_lost": _nullable(BOOL),
+    "retry_on_worker_lost": BOOL,
+    "resultrepr_maxsize": whole(),
+}
+
+_ARGS = Kind("list", "a JSON array", "[1, 2]", json_value_of(list), (list, tuple))
+_KWARGS = mapping('{"key": "value"}')
+
+#: ``[celerybeat:NAME]``, except for ``schedule``, whose kind is its ``type``.
+ENTRY_KEYS: dict[str, Kind] = {
+    "task": TEXT,
+    "args": _ARGS,
+    "kwargs": _KWARGS,
+    "options": _KWARGS,
+    "timezone": ZONE,
+    "relative": BOOL,
+    "enabled": BOOL,
+}
+
+#: Keys of transport options and the like that would be mistaken for another type. The rest has the
+#: type that its text looks like.
+TRANSPORT_KEYS: dict[str, Kind] = {
+    "client_name": TEXT,
+    "confirm_publish": BOOL,
+    "control_folder": TEXT,
+    "data_folder_in": TEXT,
+    "data_folder_out": TEXT,
+    "database": TEXT,
+    "fanout_patterns": _BOOL_OR_TEXT,
+    "fanout_prefix": _BOOL_OR_TEXT,
+    "global_keyprefix": TEXT,
+    "groupmeta_collection": TEXT,
+    "health_check_interval": _SECONDS,
+    "interval_max": number(),
+    "interval_start": number(),
+    "interval_step": number(),
+    "is_secure": BOOL,
+    "login_method_strict": BOOL,
+    "master_name": TEXT,
+    "max_connections": _WHOLE,
+    "max_retries": _WHOLE,
+    "password": TEXT,
+    "polling_interval": _SECONDS,
+    "processed_folder": TEXT,
+    "queue_name_prefix": TEXT,
+    "queue_order_strategy": choice("strategy", "round_robin", "priority", "sorted"),
+    "region": TEXT,
+    "retry_on_timeout": BOOL,
+    "sep": TEXT,
+    "socket_connect_timeout": _SECONDS,
+    "socket_keepalive": BOOL,
+    "socket_timeout": _SECONDS,
+    "store_processed": BOOL,
+    "taskmeta_collection": TEXT,
+    "unacked_index_key": TEXT,
+    "unacked_key": TEXT,
+    "unacked_mutex_key": TEXT,
+    "unacked_restore_interval": _SECONDS,
+    "user": TEXT,
+    "username": TEXT,
+    "visibility_timeout": _SECONDS,
+    "wait_time_seconds": _WHOLE,
+}
+
+#: A time to wait: never none at all.
+_PATIENCE = replace(
+    SECONDS,
+    expected="more than 0 seconds",
+    example="2",
+    finish=number(least=1e-9, most=86400).finish,
+)
+
+#: Settings of our own, ``ws_celery.*`` in the application's section.
+OUR_SETTINGS: dict[str, Kind] = {
+    "ws_celery.config_uri": replace(
+        TEXT, expected="the INI file with the [celery...] sections", example="%(__file__)s"
+    ),
+    "ws_celery.dbsession": replace(
+        TEXT, expected="the request's attribute with the SQLAlchemy session", example="dbsession"
+    ),
+    "ws_celery.publish_timeout": _PATIENCE,
+    "ws_celery.publish_cooldown": replace(_PATIENCE, example="5"),
+}
+
+
+def accept_keys(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Return the values of a JSON object, typed.
+
+    :raises Refused: at the first key that is unknown or has a value of another kind.
+    """
+    found = {}
+    for key, value in values.items():
+        if key not in kinds:
+            raise Refused(f"has the unknown key {key}", nearest(key, kinds))
+        try:
+            found[key] = kinds[key].accept(value)
+        except Refused as error:
+            problem = f"{error}; expected " if str(error) else "expected "
+            raise Refused(f"has {key}: {problem}{kinds[key].expected}", error.close) from None
+    return found

@@ -1,0 +1,252 @@
+"""Every option of Celery: its kind, its default, and whether it may be none.
+
+The options are those of the installed Celery (``celery.app.defaults``). Its declared types choose
+the kinds, except for the corrections below; a test walks the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any
+
+from celery.app.defaults import NAMESPACES, flatten
+from celery.concurrency import ALIASES as POOLS
+
+from ws_celery.converters import untyped
+from ws_celery.settings.broker_kinds import (
+    BACKEND,
+    BROKER,
+    COMPRESSION,
+    CONTENT,
+    DATABASE,
+    DELIVERY_MODE,
+    EXCHANGE_TYPE,
+    PORT,
+    PRIORITY,
+    QUEUE_TYPE,
+    QUEUES,
+    RATE,
+    RETRY_POLICY,
+    SERIALIZER,
+    TLS,
+    TRANSPORT,
+)
+from ws_celery.settings.code_kinds import ANNOTATIONS, CALLBACK, FAILOVER, ROUTES, dotted
+from ws_celery.settings.kinds import (
+    BLANK,
+    BOOL,
+    BYTES,
+    FORMAT,
+    LIST,
+    MODULES,
+    SECONDS,
+    TEXT,
+    ZONE,
+    Kind,
+    choice,
+    mapping,
+    number,
+    whole,
+)
+
+__all__ = ("CORRECTIONS", "KINDS", "MISSING", "NULLABLE", "OPTIONS", "WITHOUT_EFFECT", "Option")
+
+_DECLARED: dict[str, Any] = dict(flatten(NAMESPACES))
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of Celery.
+
+    :param name: its lower-case name.
+    :param kind: what it accepts.
+    :param default: Celery's default.
+    :param nullable: whether ``none`` is a value.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    nullable: bool
+
+    def accept(self, value: object) -> Any:
+        """Return the typed value.
+
+        :raises Refused: if ``value`` is not one.
+        """
+        empty = value.strip().lower() == "none" if isinstance(value, str) else value is None
+        return None if empty and self.nullable else self.kind.accept(value)
+
+    @property
+    def expected(self) -> str:
+        """What is accepted, in words."""
+        return f"{self.kind.expected}, or none" if self.nullable else self.kind.expected
+
+
+_WHOLE = whole()
+
+
+def _concurrency(text: str) -> int | str:
+    # Celery 5.7 sizes the prefork pool by itself.
+    if text == "auto" and _DECLARED["worker_concurrency"].type == "any":
+        return text
+    return int(_WHOLE.accept(text))
+
+
+_CONCURRENCY = Kind(
+    "int",
+    "a whole number of at least 0, or auto",
+    "4",
+    _concurrency,
+    (int,),
+    lambda value: value if value == "auto" else _WHOLE.finish(value),
+)
+
+#: Kind for each type that Celery declares; a type that is missing here fails a test.
+KINDS: dict[Any, Kind] = {
+    "any": Kind("any", "JSON or text", "4", untyped, (object,)),
+    "bool": BOOL,
+    "bytes": BYTES,
+    "dict": mapping('{"key": "value"}'),
+    "float": number(),
+    "int": _WHOLE,
+    int: _WHOLE,  # beat_cron_starting_deadline is declared by the class
+    "list": LIST,
+    "str": TEXT,  # result_compression is declared by another word than all others
+    "string": TEXT,
+    "tuple": MODULES,
+}
+
+_SCHEDULERS = [point.name for point in entry_points(group="celery.beat_schedulers")]
+
+#: Options whose declared type is not what Celery does with the value, or does not say enough.
+CORRECTIONS: dict[str, Kind] = {
+    # Declared too narrow, or as something else.
+    "broker_heartbeat_checkrate": number(),
+    "broker_read_url": BROKER,
+    "broker_url": BROKER,  # may be a list
+    "broker_use_ssl": TLS,  # may be a mapping
+    "broker_write_url": BROKER,
+    "cassandra_auth_kwargs": mapping('{"username": "celery"}'),
+    "cassandra_port": PORT,
+    "database_engine_callback": CALLBACK,
+    "redis_backend_use_ssl": TLS,
+    "result_backend_max_retries": number(most=float("inf")),
+    "result_cache_max": whole(-1),
+    "result_expires": SECONDS,
+    "task_annotations": ANNOTATIONS,
+    "task_default_delivery_mode": DELIVERY_MODE,
+    "task_default_priority": PRIORITY,
+    "task_publish_retry_policy": RETRY_POLICY,
+    "task_queues": QUEUES,
+    "task_routes": ROUTES,
+    # Completed by the sections, which know how to make schedule entries.
+    "beat_schedule": mapping('{"backup": {"task": "backup", "schedule": "24h"}}'),
+    "worker_concurrency": _CONCURRENCY,
+    # Text that is one of few words, or has a form.
+    "accept_content": CONTENT,
+    "result_accept_content": CONTENT,
+    "beat_scheduler": dotted("class", "celery.beat:PersistentScheduler", *_SCHEDULERS),
+    "broker_failover_strategy": FAILOVER,
+    "broker_native_delayed_delivery_queue_type": QUEUE_TYPE,
+    "broker_port": PORT,
+    "broker_transport": TRANSPORT,
+    "cosmosdbsql_consistency_level": choice(
+        "level", "Session", "BoundedStaleness", "ConsistentPrefix", "Eventual", "Strong"
+    ),
+    "database_url": DATABASE,
+    "event_serializer": SERIALIZER,
+    "redis_port": PORT,
+    "result_backend": BACKEND,
+    "result_compression": COMPRESSION,
+    "result_exchange_type": EXCHANGE_TYPE,
+    "result_serializer": SERIALIZER,
+    "task_compression": COMPRESSION,
+    "task_create_missing_queue_exchange_type": EXCHANGE_TYPE,
+    "task_create_missing_queue_type": QUEUE_TYPE,
+    "task_default_exchange_type": EXCHANGE_TYPE,
+    "task_default_queue_type": QUEUE_TYPE,
+    "task_default_rate_limit": RATE,
+    "task_protocol": whole(1, 2, "2"),
+    "task_queue_max_priority": PRIORITY,
+    "task_serializer": SERIALIZER,
+    "timezone": ZONE,
+    "worker_agent": dotted("class", "myapp.worker:Agent"),
+    "worker_autoscaler": dotted("class", "celery.worker.autoscale:Autoscaler"),
+    "worker_consumer": dotted("class", "celery.worker.consumer:Consumer"),
+    "worker_log_format": FORMAT,
+    "worker_pool": dotted("class", "prefork", *POOLS),
+    "worker_pool_start_method": choice("method", "fork", "spawn"),
+    "worker_redirect_stdouts_level": choice(
+        "level", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"
+    ),
+    "worker_task_log_format": FORMAT,
+    "worker_timer": dotted("class", "kombu.asynchronous.timer:Timer"),
+    # Times, for which a period reads better than seconds.
+    "event_queue_expires": SECONDS,
+    "event_queue_ttl": SECONDS,
+    "gcs_ttl": SECONDS,
+    "result_chord_expires": SECONDS,
+    "result_failure_expires": SECONDS,
+    "task_soft_time_limit": SECONDS,
+    "task_time_limit": SECONDS,
+    "worker_soft_shutdown_timeout": SECONDS,
+    # Empty text means something.
+    "azureblockblob_base_path": BLANK,
+    "broker_vhost": BLANK,
+    "gcs_base_path": BLANK,
+    "s3_base_path": BLANK,
+    "task_default_exchange": BLANK,
+    "task_default_routing_key": BLANK,
+}
+
+#: Options that Celery reads although its table does not have them, and their kinds.
+MISSING: dict[str, Kind] = {
+    "cassandra_secure_bundle_path": TEXT,
+    "dynamodb_endpoint_url": TEXT,
+    "firestore_project": TEXT,
+    "gcs_threadpool_maxsize": whole(1, example="10"),
+    "redis_backend_credential_provider": replace(
+        CALLBACK, expected="the dotted name of a redis.CredentialProvider"
+    ),
+    "redis_backend_health_check_interval": SECONDS,
+    "redis_client_name": TEXT,
+    "result_backend_thread_safe": BOOL,
+}
+
+#: Options with a default of their own for which none means something all the same: no limit.
+NULLABLE = frozenset(
+    (
+        "broker_connection_max_retries",
+        "broker_connection_timeout",
+        "broker_heartbeat",
+        "broker_pool_limit",
+        "control_queue_expires",
+        "control_queue_ttl",
+        "event_queue_expires",
+        "event_queue_ttl",
+        "redis_socket_timeout",
+        "result_expires",
+    )
+)
+
+#: Options of Celery's table that nothing in Celery reads, and what it reads instead.
+WITHOUT_EFFECT = {"cassandra_bundle_path": "cassandra_secure_bundle_path"}
+
+
+def _options() -> dict[str, Option]:
+    table = {
+        name: Option(
+            name,
+            CORRECTIONS.get(name) or KINDS[declared.type],
+            declared.default,
+            declared.default is None or name in NULLABLE,
+        )
+        for name, declared in _DECLARED.items()
+    }
+    missing = {name: Option(name, kind, None, nullable=True) for name, kind in MISSING.items()}
+    return {**missing, **table}
+
+
+OPTIONS: dict[str, Option] = _options()

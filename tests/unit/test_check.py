@@ -1,0 +1,260 @@
+"""``ws-celery check``: what was read from where, and what is wrong or doubtful."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from ws_celery.checks import examine
+from ws_celery.cli import main
+
+
+def test_a_configuration_without_doubts_has_no_findings(found):
+    assert found("[celerybeat:a]\ntask = known\ntype = integer\nschedule = 1\n") == {}
+
+
+def test_a_broker_that_does_not_answer_is_an_error(found):
+    finding = found("", broker="redis://:hunter2@127.0.0.1:1/0")["broker-unreachable"]
+
+    assert finding.severity == "error"
+    assert "redis://:**@127.0.0.1:1" in finding.text or "********@127.0.0.1:1" in finding.text
+    assert "hunter2" not in finding.text
+    assert finding.line == 6
+
+
+def test_a_task_of_a_schedule_that_is_not_registered_is_an_error(found):
+    finding = found("[celerybeat:a]\ntask = knwon\ntype = integer\nschedule = 1\n")["unknown-task"]
+
+    assert finding.severity == "error"
+    assert "[celerybeat:a] task = knwon: no such task is registered" in finding.text
+
+
+@pytest.mark.parametrize("section", ["celeryroute:knwon", "celeryroute:kno.*", "celeryannotate:x"])
+def test_a_route_for_no_registered_task_is_a_warning(found, section):
+    key = "priority = 1" if "route" in section else "rate_limit = 1/s"
+    finding = found(f"[{section}]\n{key}\n")["unknown-task"]
+
+    assert finding.severity == "warning"
+    assert f"[{section}]: no registered task has this name" in finding.text
+
+
+def test_a_route_for_a_registered_task_is_none(found):
+    assert found("[celeryroute:kno*]\npriority = 1\n[celeryroute:known]\npriority = 2\n") == {}
+
+
+def test_eager_mode_is_a_warning_outside_of_development(found, site):
+    assert found("task_always_eager = true\n")["eager"].severity == "warning"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"name": "development.ini"}, {"app": "pyramid.reload_templates = true\n"}],
+)
+def test_eager_mode_is_none_in_development(found, options):
+    assert found("task_always_eager = true\n", **options) == {}
+
+
+def test_an_embedded_broker_is_a_warning_outside_of_development(found, tmp_path):
+    findings = found("", broker=f"embedded://{tmp_path}/var")
+
+    assert findings["embedded"].severity == "warning"
+    assert findings["broker-not-running"].severity == "note"
+
+
+def test_pickle_is_a_warning(found):
+    assert found("accept_content = json, pickle\n")["pickle"].severity == "warning"
+
+
+def test_root_is_a_warning(site, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    (finding,) = examine(site("")).findings
+
+    assert (finding.severity, finding.code) == ("warning", "root")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def view(request):\n    return request.celery_app.AsyncResult('x')",
+        "def view(request):\n    return known.delay(request).get(timeout=1)",
+        "from celery import chord\ndef view(request):\n    chord([known.s()])(known.s())",
+    ],
+)
+def test_results_that_are_read_without_a_backend_are_a_warning(found, code):
+    finding = found("", code)["no-result-backend"]
+
+    assert finding.severity == "warning"
+    assert finding.line > 8
+
+
+def test_results_that_are_read_with_a_backend_are_none(found):
+    code = "def view(request):\n    return known.delay(request).get()"
+
+    assert found("result_backend = cache+memory://\n", code) == {}
+
+
+def test_an_engine_made_at_import_is_a_warning_if_the_pool_forks(found):
+    code = 'from sqlalchemy import create_engine\nengine = create_engine("sqlite://")'
+
+    finding = found("", code)["engine-at-import"]
+
+    assert finding.severity == "warning"
+    assert ".engine is an engine made at import" in finding.text
+
+
+def test_queues_without_the_default_one_are_a_warning(found):
+    finding = found("[celeryqueue:slow]\n")["default-queue"]
+
+    assert "add [celeryqueue:celery]" in finding.text
+
+
+def test_an_option_that_celery_does_not_read_is_a_warning(found):
+    assert "cassandra_secure_bundle_path" in found("cassandra_bundle_path = x\n")[
+        "without-effect"
+    ].text  # fmt: skip
+
+
+def test_old_names_are_warnings_and_variables_are_notes(found, monkeypatch):
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "cache+memory://")
+    findings = found("CELERYD_CONCURRENCY = 2\nresult_backend = redis://:hunter2@x\n")
+
+    assert findings["old-name"].text == "CELERYD_CONCURRENCY is worker_concurrency today"
+    assert findings["old-name"].line == 7
+    assert findings["environment"].severity == "note"
+    assert "hunter2" not in findings["environment"].text
+
+
+def test_an_application_that_fails_is_an_error(found):
+    assert "ValueError: no" in found("", "raise ValueError('no')")["application"].text
+
+
+def test_an_application_that_does_not_include_us_is_an_error(tmp_path):
+    path = tmp_path / "app.ini"
+    path.write_text("[celery]\nbroker_url = memory://\n[app:main]\nuse = egg:nowhere\n")
+
+    (finding,) = (f for f in examine(str(path)).findings if f.severity == "error")
+
+    assert finding.code == "application"
+
+
+def test_settings_of_code_are_in_the_table(site):
+    path = site("", app="celery.worker_concurrency = 7\n")
+
+    rows = {row.name: row for row in examine(path).rows}
+
+    assert rows["worker_concurrency"].value == 7
+    assert str(rows["worker_concurrency"].place) == f"{path}:4"
+
+
+# The command
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for name in ("WS_CELERY_INI", "WS_CELERY_INI_VARS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(["check", *arguments])
+        return caught.value.code, capsys.readouterr().out
+
+    return run
+
+
+def test_the_table_tells_name_value_type_and_place(run, site):
+    path = site(
+        """
+        redis_password = hunter2
+        imports =
+        """
+        f"{'':12}json\n"
+        """
+        [celeryqueue:celery]
+        [celeryroute:known]
+        queue = celery
+        [celerybeat:a]
+        task = known
+        type = crontab
+        schedule = */5 * * * *
+        """
+    )
+
+    code, output = run("--ini", path)
+
+    assert code == 0
+    table = [line.split() for line in output.splitlines()]
+    assert table[0] == ["SETTING", "VALUE", "TYPE", "FROM"]
+    assert ["broker_url", "memory://", "str", f"{path}:6"] in table
+    assert ["redis_password", "********", "str", f"{path}:8"] in table
+    assert "queue celery" in output
+    assert "*/5 * * * * -> known" in output
+    assert "hunter2" not in output
+    assert output.endswith(f"{path}: 0 errors, 0 warnings.\n")
+
+
+def test_all_faults_are_printed_once(run, site):
+    path = site("worker_concurrency = many\nbroker_ur = x\n[celery:x]\n[celerybeat:a]\n")
+
+    code, output = run("--ini", path)
+
+    assert code == 2
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == len(set(errors)) == 5
+    assert output.endswith("5 errors, 0 warnings.\n")
+
+
+def test_strict_makes_warnings_count(run, site):
+    path = site("CELERYD_CONCURRENCY = 2\n")
+
+    assert run("--ini", path)[0] == 0
+    assert run("--ini", path, "--strict")[0] == 1
+
+
+def test_programs_get_json(run, site):
+    path = site("redis_password = hunter2\nworker_concurrency = many\n")
+
+    code, output = run("--ini", path, "--json")
+
+    report = json.loads(output)
+    assert code == 2
+    assert report["settings"][1] == {
+        "category": "option",
+        "name": "redis_password",
+        "value": "********",
+        "type": "str",
+        "file": path,
+        "line": 7,
+        "section": "celery",
+        "key": "redis_password",
+    }
+    (finding,) = report["findings"]
+    assert (finding["severity"], finding["code"], finding["line"]) == ("error", "configuration", 8)
+
+
+def test_variables_of_the_command_line_beat_those_of_the_file(run, site):
+    path = site(
+        "task_default_queue = %(queue)s\nworker_state_db = %(a)s\n[DEFAULT]\nqueue = file\n"
+    )
+
+    code, output = run("--ini-var", "queue=mine,a=b,c", "--ini", path)
+
+    assert code == 0
+    assert "mine" in output
+    assert "b,c" in output
+
+
+@pytest.mark.parametrize("text", ["hunter2", "=hunter2"])
+def test_a_variable_without_a_name_or_value_is_refused(capsys, text):
+    with pytest.raises(SystemExit) as caught:
+        main(["check", "--ini-var", text])
+
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "--ini-var needs NAME=VALUE" in message
+    assert "hunter2" not in message
