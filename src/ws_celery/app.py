@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,7 +19,7 @@ from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
 from ws_celery.arguments import naming_the_argument
-from ws_celery.dispatch import RecordingProducer, Transactions
+from ws_celery.dispatch import Publication, RecordingProducer, Transactions
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.publishing import Publisher
@@ -29,6 +30,9 @@ __all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_ap
 
 #: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
 INI_VARIABLE = "WS_CELERY_INI"
+
+#: What the positional arguments of ``send_task`` after name, args and kwargs are called.
+_POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]
 
 
 @implementer(ICeleryApp)
@@ -94,6 +98,10 @@ class PyramidCelery(Celery):
         context: AbstractContextManager[Any] = super().producer_or_acquire(producer)
         return context
 
+    def publish(self, publications: Sequence[Publication]) -> None:
+        """Hand what a committed transaction has recorded to the broker; see ``Publisher``."""
+        self.publisher.publish(publications)
+
     def send_task(
         self, name: str, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
     ) -> Any:
@@ -103,9 +111,14 @@ class PyramidCelery(Celery):
 
         :raises ArgumentNotSerializable: at once, if a value does not serialise.
         """
-        for key, value in self._routed(name).items():
-            if options.get(key) is None:
-                options[key] = value
+        if routed := self._routed(name):
+            given = {
+                *_POSITIONAL[: len(starargs)],
+                *(key for key in options if options[key] is not None),
+            }
+            if "eta" in given:
+                given.add("countdown")
+            options.update((key, value) for key, value in routed.items() if key not in given)
         headers = dict(options.pop("headers", None) or {})
         if HEADER not in headers and (description := self._describe_caller()):
             headers[HEADER] = description
@@ -174,6 +187,17 @@ def current_celery_app(what: str = "celery_app") -> PyramidCelery:
     request = calling_request()
     if request is not None:
         return get_celery_app(request)
+    return loaded_celery_app(what)
+
+
+def loaded_celery_app(what: str) -> PyramidCelery:
+    """Return the Celery app of the current registry, or of the only application that is loaded.
+
+    It is what is left to :func:`current_celery_app` without a request.
+
+    :param what: what needs the app, for the error message.
+    :raises NoCurrentApplication: if none or more than one is loaded.
+    """
     current: Registry = threadlocals.get()["registry"]
     loaded: list[Registry] = [current] if _includes_us(current) else []
     loaded = loaded or [registry for registry in global_registries if _includes_us(registry)]

@@ -195,7 +195,7 @@ class DispatchDataManager:
         calls = [item for item in self.publications if isinstance(item, EagerCall)]
         if messages:
             with _told_to_caller():
-                self._app.publisher.publish(messages)
+                self._app.publish(messages)
         for call in calls:
             with _told_to_caller():
                 call.perform(txn)

@@ -6,19 +6,26 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
 import pytest
-from pyramid.config import global_registries
+from pyramid.config import Configurator, global_registries
+from pyramid.interfaces import IRequestExtensions
 from pyramid.request import Request, apply_request_extensions
+from pyramid.router import Router
 from pyramid.threadlocal import RequestContext
 from sybil import Document
 from sybil.parsers.rest import CodeBlockParser
+from transaction import TransactionManager
+from webtest import TestApp
 
 from ws_celery import get_celery_app
 from ws_celery.app import load_registry
+from ws_celery.testing import Capture, capture
 
 README = Path(__file__).parents[2] / "README.rst"
 
@@ -92,6 +99,43 @@ def site_request(shown_registry: Any) -> Iterator[Request]:
         request.dbsession.add_all([Delivery(address="here"), Delivery(address="there")])
     with RequestContext(request):
         yield request
+
+
+@pytest.fixture
+def check(shown_registry: Any) -> Callable[[Callable[..., None]], None]:
+    """Run a test that a page shows, with the fixtures of Pylons' cookiecutter."""
+    app = Router(shown_registry)
+    config = Configurator(registry=shown_registry, autocommit=True)
+    own = shown_registry.getUtility(IRequestExtensions).descriptors["dbsession"].wrapped
+
+    def dbsession(request: Any) -> Any:
+        return request.environ.get("app.dbsession") or own(request)
+
+    config.add_request_method(dbsession, reify=True)
+
+    def run(test: Callable[..., None]) -> None:
+        tm = TransactionManager(explicit=True)
+        tm.begin()
+        tm.doom()
+        managed = {"tm.active": True, "tm.manager": tm}
+        request = Request.blank("/", environ=managed)
+        request.registry = shown_registry
+        apply_request_extensions(request)
+        environ = {**managed, "app.dbsession": request.dbsession}
+        with ExitStack() as stack:
+            stack.callback(tm.abort)
+            fixtures = {
+                "app": app,
+                "app_request": stack.enter_context(RequestContext(request)),
+                "capture": lambda source: stack.enter_context(capture(source, environ)),
+                "dbsession": request.dbsession,
+                "perform": stack.enter_context(Capture(get_celery_app(app), environ)).perform,
+                "testapp": TestApp(app, extra_environ=environ),
+                "tm": tm,
+            }
+            test(**{name: fixtures[name] for name in signature(test).parameters})
+
+    return run
 
 
 @pytest.fixture

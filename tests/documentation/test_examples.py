@@ -51,7 +51,7 @@ def with_blocks(*languages: str) -> Any:
 
 
 @with_blocks("python")
-def test_the_python_of_a_page_runs(page, site_request, sent, monkeypatch):
+def test_the_python_of_a_page_runs(page, site_request, sent, check, monkeypatch):
     monkeypatch.setitem(sys.modules, "example", ModuleType("example"))
     config = Configurator(registry=site_request.registry, autocommit=True)
     run_python = PythonEvaluator()
@@ -69,6 +69,7 @@ def test_the_python_of_a_page_runs(page, site_request, sent, monkeypatch):
         return task.apply(args, throw=True).get()
 
     names = {"__name__": "example", "request": site_request, "run": run, "sent": sent}
+    names["check"] = check
     for example in examples(page, python=evaluate):
         for name, value in names.items():
             example.namespace.setdefault(name, value)

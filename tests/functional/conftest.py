@@ -24,6 +24,8 @@ import psutil
 import pytest
 
 APPS = Path(__file__).parent / "apps"
+#: Their tests are theirs: a test of ours runs them.
+collect_ignore = ["apps"]
 WS_CELERY = (sys.executable, "-m", "ws_celery")
 
 

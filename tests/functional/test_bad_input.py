@@ -105,6 +105,64 @@ def test_dev_has_no_web_server_to_run(ini, run):
     check_refused(run("dev", "--ini", str(ini)), str(ini), "[server:main]", "missing")
 
 
+def test_the_value_of_ini_is_forgotten(run):
+    check_refused(run("worker", "--ini", "--loglevel=info"), "--ini needs a value")
+
+
+def test_the_ini_is_a_directory_or_has_no_suffix(run, tmp_path):
+    for path in (".", "production", str(tmp_path)):
+        check_refused(run("worker", "--ini", path), path, "no such file")
+
+
+@pytest.mark.parametrize("use", ["call:nomod:main", "egg:no-such-dist", "call:myapp:nothing"])
+def test_the_application_cannot_be_found(ini, run, use):
+    replace(ini, "^use = call:myapp:main$", f"use = {use}")
+
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "`use")
+
+
+def test_a_percent_sign_is_not_doubled_and_the_value_is_not_shown(ini, run):
+    replace(ini, "^sqlalchemy.url = .*$", "sqlalchemy.url = postgresql://u:hun%ter2@h/d")
+
+    result = run("worker", "--ini", str(ini))
+
+    check_refused(result, str(ini), "sqlalchemy.url", "%%")
+    assert "ter2" not in result.stderr
+
+
+def test_the_logging_sections_are_not_complete(ini, run):
+    ini.write_text(ini.read_text() + "\n[loggers]\nkeys = root\n")
+
+    check_refused(run("worker", "--ini", str(ini)), str(ini), "[formatters]")
+
+
+@pytest.mark.parametrize("option", ["--config", "--loader"])
+def test_another_configuration_is_asked_for(ini, run, option):
+    check_refused(run(option, "other", "worker", "--ini", str(ini)), option, "INI file")
+
+
+def test_a_task_that_is_called_is_not_registered(ini, run):
+    check_refused(run("call", "no.such.task", "--ini", str(ini)), "'no.such.task'", "imports")
+
+
+def test_the_arguments_of_a_call_do_not_fit_the_task(ini, run):
+    result = run("call", "myapp.tasks.send_review", "--args=[1, 2, 3]", "--ini", str(ini))
+
+    assert result.returncode == 2
+    assert "send_review() takes" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_broker_is_down(ini, run):
+    replace(ini, "^result_backend = .*$", "")
+
+    result = run("call", "backup", "--ini", str(ini))
+
+    assert result.returncode == 69
+    assert result.stderr.startswith("Error: the broker does not answer")
+    assert "Traceback" not in result.stderr
+
+
 def test_another_celery_app_is_asked_for(ini, run):
     result = run("worker", "-A", "myapp.celery", "--ini", str(ini))
 

@@ -211,3 +211,16 @@ def test_without_data_the_demo_leaves_no_files(start, free_port, tmp_path):
 
     assert demo.ends() == 0
     assert not directory.exists()
+
+
+def test_closing_the_terminal_lets_the_running_task_finish(demo, wait_for):
+    report = demo.site.http("POST", "/reports")[1]
+    path = f"/reports/{report['id']}"
+    wait_for(lambda: demo.site.get(path)["state"] == "PROGRESS", "the start of the report")
+    family = demo.family()
+
+    os.kill(demo.process.pid, signal.SIGHUP)
+
+    assert demo.ends(10) == 0
+    assert nothing_left(family)
+    assert "succeeded" in demo.text[demo.text.index("Stopping") :]

@@ -14,22 +14,27 @@ import sys
 from typing import Any
 
 import click
-from celery import maybe_patch_concurrency
+from celery import VERSION_BANNER, maybe_patch_concurrency
 from celery.bin.celery import celery
+from celery.platforms import EX_UNAVAILABLE
+from kombu.exceptions import OperationalError
 
 from ws_celery.app import INI_VARIABLE, PyramidCelery
 from ws_celery.cli.application import check_schedule, find_ini, load_celery_app
 from ws_celery.cli.arguments import Options, take_options
+from ws_celery.cli.call import call
 from ws_celery.cli.check import check
 from ws_celery.cli.development import demo, dev
 from ws_celery.exceptions import WsCeleryError
+from ws_celery.masking import masked_text
 from ws_celery.settings import INI_VARIABLES, ini_variables
+from ws_celery.version import __version__
 
 __all__ = ("main",)
 
 #: Our own commands; they load what they need themselves.
 _OURS: dict[str, click.Command] = {"check": check, "demo": demo, "dev": dev}
-_COMMANDS = {**celery.commands, **_OURS}
+_COMMANDS = {**celery.commands, **_OURS, "call": call}
 
 _USAGE = 2
 
@@ -50,6 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     except WsCeleryError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(_USAGE)
+    except OperationalError as error:
+        click.echo(f"Error: the broker does not answer: {masked_text(str(error))}", err=True)
+        sys.exit(EX_UNAVAILABLE)
 
 
 def _remember(options: Options) -> None:
@@ -71,9 +79,13 @@ def _load(ini: str | None, arguments: list[str]) -> PyramidCelery | None:
 
 
 def _group(app: PyramidCelery | None) -> click.Group:
-    app_option, *params = celery.params
-    app_option = copy.copy(app_option)
+    app_option, *params = map(copy.copy, celery.params)
     app_option.default = app
+    for param in params:
+        if isinstance(param, click.Option) and param.name in ("config", "loader"):
+            param.hidden = True  # refused: see take_options()
+        elif param.name == "version":
+            param.callback, param.is_eager = _print_version, True
     ini_option = click.Option(
         ["--ini"],
         metavar="FILE",
@@ -97,3 +109,9 @@ def _group(app: PyramidCelery | None) -> click.Group:
         invoke_without_command=True,
         help="Run and look after the Celery of a Pyramid application.",
     )
+
+
+def _print_version(context: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"ws-celery {__version__}, Celery {VERSION_BANNER}")
+        context.exit()

@@ -41,10 +41,17 @@ def find_ini(ini: str | None) -> str:
         raise ConfigurationError(
             f"No INI file. Give it with --ini FILE, or by the environment variable {INI_VARIABLE}."
         )
-    if not Path(plaster.parse_uri(config_uri).path).is_file():
+    if not _is_file(config_uri):
         raise ConfigurationError(f"{config_uri}: there is no such file. Give its path with --ini.")
     # Absolute, because children may be started in another directory.
     return config_uri if "://" in config_uri else str(Path(config_uri).absolute())
+
+
+def _is_file(config_uri: str) -> bool:
+    try:
+        return Path(plaster.parse_uri(config_uri).path).is_file()
+    except plaster.InvalidURI:
+        return False  # a name without a suffix
 
 
 def load_celery_app(config_uri: str) -> PyramidCelery:
@@ -53,7 +60,7 @@ def load_celery_app(config_uri: str) -> PyramidCelery:
     :raises WsCeleryError: whatever is wrong with the configuration, in one sentence.
     """
     try:
-        _set_up_logging(plaster.get_loader(config_uri, protocols=["wsgi"]))
+        _set_up_logging(plaster.get_loader(config_uri, protocols=["wsgi"]), config_uri)
         app = get_celery_app(load_registry(config_uri))
     except Exception as error:
         explained = _explain(error, config_uri)
@@ -84,9 +91,20 @@ def _explain(error: Exception, config_uri: str) -> WsCeleryError | None:
         return NotIncluded(f"The application in {config_uri}")
     if isinstance(error, WsCeleryError):
         return error
+    if isinstance(error, configparser.InterpolationError):
+        # Its own text shows a part of the value, which may be a password.
+        return ConfigurationError(
+            f"{config_uri}: [{error.section}] {error.option} cannot be interpolated. "
+            "Write a percent sign as %%."
+        )
     if isinstance(error, (configparser.Error, UnicodeDecodeError)):
         _, faults = survey(config_uri, need_broker=False)
         return ConfigurationError(*faults) if faults else None
+    if isinstance(error, (ImportError, AttributeError)) and _raised_by_paste(error):
+        return ConfigurationError(
+            f"{config_uri}: the application cannot be found ({error}). Its section names it by "
+            "`use`, such as `use = egg:myapp` or `use = call:myapp:main`."
+        )
     if isinstance(error, LookupError) and _raised_by_paste(error):
         return ConfigurationError(
             f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
@@ -95,11 +113,13 @@ def _explain(error: Exception, config_uri: str) -> WsCeleryError | None:
 
 
 def _raised_by_paste(error: BaseException) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith("paste.deploy")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    callers = [name for name in modules if not name.startswith(("importlib", "pkg_resources"))]
+    return bool(callers) and callers[-1].startswith("paste.deploy")
 
 
-def _set_up_logging(loader: Any) -> None:
+def _set_up_logging(loader: Any, config_uri: str) -> None:
     if "loggers" not in loader.get_sections():
         return  # Celery's own logging, with its options
 
@@ -112,7 +132,13 @@ def _set_up_logging(loader: Any) -> None:
             if given("logfile") is ParameterSource.COMMANDLINE and logfile:
                 _set_file(logfile)
 
-    loader.setup_logging(ini_variables())
+    try:
+        loader.setup_logging(ini_variables())
+    except (KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"{config_uri}: the logging sections are not complete or not right: {error}. "
+            "[loggers], [handlers] and [formatters] list the others under `keys`."
+        ) from error
     # Celery configures logging only where nobody is connected.
     signals.setup_logging.connect(keep, weak=False)
 

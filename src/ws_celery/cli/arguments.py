@@ -12,6 +12,9 @@ __all__ = ("Options", "take_options")
 #: Spellings of ``-A`` that name the application of the INI, which is the only one there is.
 _OUR_APP = ("ws_celery", "ws_celery.celery_app", "ws_celery:celery_app")
 
+#: Options of Celery that would name another configuration than the INI's.
+_NOT_OURS = ("--config", "--loader")
+
 
 @dataclass
 class Options:
@@ -29,7 +32,8 @@ def take_options(arguments: list[str]) -> tuple[Options, list[str]]:
     """Take ``--ini``, ``--ini-var`` and ``-A`` out of the arguments, in any place before a ``--``.
 
     :return: the options, and the arguments that are left.
-    :raises ConfigurationError: if one has no value, or ``-A`` names another app than the INI's.
+    :raises ConfigurationError: if one has no value, or another app or configuration than the INI's
+        is asked for.
     """
     options, rest = Options(), []
     words = iter(arguments)
@@ -38,11 +42,15 @@ def take_options(arguments: list[str]) -> tuple[Options, list[str]]:
             rest += [word, *words]
             break
         name, glued, value = _split(word)
+        if name in _NOT_OURS:
+            raise ConfigurationError(
+                f"{name}: the configuration comes from the INI file. Leave {name} out."
+            )
         if name not in ("--ini", "--ini-var", "--app", "-A"):
             rest.append(word)
             continue
         text = value if glued else next(words, None)
-        if not text:
+        if not text or (not glued and text.startswith("-")):
             raise ConfigurationError(f"{name} needs a value.")
         if name == "--ini":
             options.ini = text

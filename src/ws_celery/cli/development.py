@@ -147,7 +147,7 @@ def _address(config_uri: str) -> tuple[str, int]:
         )
     settings = loader.get_settings("server:main")
     if "listen" in settings:
-        host, _, port = settings["listen"].split()[0].rpartition(":")
+        host, _, port = settings["listen"].partition(" ")[0].rpartition(":")
     else:
         host, port = settings.get("host", ""), settings.get("port", "8080")
     if not port.isdigit():
@@ -173,7 +173,10 @@ def _watch_code(config_uri: str) -> None:
 @contextmanager
 def _directory(given: Path | None) -> Iterator[Path]:
     if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
+        try:
+            given.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"--data {given}: {error.strerror}.") from error
         yield given.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="ws-celery-demo-") as name:

@@ -71,7 +71,7 @@ class Processes:
         """Run the programs; return 0 after an interrupt, else what the one that ended returned."""
         previous = {
             signum: signal.signal(signum, self._interrupt)
-            for signum in (signal.SIGINT, signal.SIGTERM)
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         try:
             code = self._start() or self._watch()

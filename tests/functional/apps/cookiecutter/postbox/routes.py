@@ -1,0 +1,3 @@
+def includeme(config):
+    config.add_route("letters", "/letters")
+    config.add_route("letter", "/letters/{id}")
