@@ -18,15 +18,11 @@ from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
-from ws_celery.dispatch import (
-    CONNECT_TIMEOUT,
-    Publication,
-    RecordingProducer,
-    Transactions,
-    publish,
-)
+from ws_celery.arguments import naming_the_argument
+from ws_celery.dispatch import Publication, RecordingProducer, Transactions
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
+from ws_celery.publishing import Publisher
 from ws_celery.request import HEADER, calling_request, describe
 from ws_celery.settings import Configuration, ini_variables
 
@@ -35,8 +31,8 @@ __all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_ap
 #: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
 INI_VARIABLE = "WS_CELERY_INI"
 
-#: What the positional arguments of ``send_task`` after the name are called.
-_POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[2:]
+#: What the positional arguments of ``send_task`` after name, args and kwargs are called.
+_POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]
 
 
 @implementer(ICeleryApp)
@@ -62,6 +58,7 @@ class PyramidCelery(Celery):
         self.configuration = configuration
         self._call_options = configuration.call_options if configuration else {}
         self.transactions = Transactions()
+        self.publisher = Publisher(self, registry)
         #: What ``@task`` has declared and the application has registered, by name.
         self.declared: dict[str, Any] = {}
         super().__init__(
@@ -81,8 +78,13 @@ class PyramidCelery(Celery):
         connection = super().connection_for_write(*args, **options)
         if connection.transport.driver_type == "redis":
             for option in ("socket_connect_timeout", "socket_timeout"):
-                connection.transport_options.setdefault(option, CONNECT_TIMEOUT)
+                connection.transport_options.setdefault(option, self.publisher.timeout)
         return connection
+
+    def close(self) -> None:
+        """Clean up after the application, as in Celery."""
+        self.publisher.close()
+        super().close()
 
     def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
         """Hand out the producer of a message: a recording one while a transaction is open.
@@ -97,17 +99,21 @@ class PyramidCelery(Celery):
         return context
 
     def publish(self, publications: Sequence[Publication]) -> None:
-        """Hand what a committed transaction has recorded to the broker; never raises."""
-        publish(self, publications)
+        """Hand what a committed transaction has recorded to the broker; see ``Publisher``."""
+        self.publisher.publish(publications)
 
-    def send_task(self, name: str, *args: Any, **options: Any) -> Any:
+    def send_task(
+        self, name: str, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
+    ) -> Any:
         """Send a task by name, as in Celery; adds the header that describes the calling request.
 
         Options of the task's route that the call does not give are added, too.
+
+        :raises ArgumentNotSerializable: at once, if a value does not serialise.
         """
         if routed := self._routed(name):
             given = {
-                *_POSITIONAL[: len(args)],
+                *_POSITIONAL[: len(starargs)],
                 *(key for key in options if options[key] is not None),
             }
             if "eta" in given:
@@ -116,7 +122,9 @@ class PyramidCelery(Celery):
         headers = dict(options.pop("headers", None) or {})
         if HEADER not in headers and (description := self._describe_caller()):
             headers[HEADER] = description
-        return super().send_task(name, *args, headers=headers, **options)
+        serializer = options.get("serializer") or self.conf.task_serializer
+        with naming_the_argument(name, args, kwargs, serializer):
+            return super().send_task(name, args, kwargs, *starargs, headers=headers, **options)
 
     def _routed(self, name: str) -> Mapping[str, Any]:
         if name in self._call_options:

@@ -12,17 +12,19 @@ import plaster
 import transaction
 from pyramid.config import PHASE1_CONFIG, PHASE2_CONFIG, PHASE3_CONFIG, global_registries
 from pyramid.events import NewRequest
+from pyramid.tweens import EXCVIEW
 from zope.interface import implementer
 
 from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.dispatch import raising_interruptions
 from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp, ICelerySource
 from ws_celery.masking import masked
 from ws_celery.settings import Configuration, Setting, read_configuration
-from ws_celery.tasks import CATEGORY, add_celery_task, add_imported_task
+from ws_celery.tasks import CATEGORY, add_celery_task, add_imported_task, retry_attempts
 
-__all__ = ("includeme", "read_file")
+__all__ = ("eager_tween_factory", "includeme", "read_file")
 
 
 def includeme(config: Any) -> None:
@@ -37,6 +39,9 @@ def includeme(config: Any) -> None:
     config.add_directive("configure_celery", configure_celery)
     config.add_directive("make_celery_app", make_celery_app, action_wrap=False)
     config.add_request_method(get_celery_app, "celery_app", reify=True)
+    # Around pyramid_tm, whose commit runs eager tasks.
+    over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
+    config.add_tween("ws_celery.config.eager_tween_factory", over=over)
     config.add_subscriber(_watch_transactions, NewRequest)
     # The app before PHASE3, where tasks are registered; after it what only `imports` names.
     config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
@@ -49,6 +54,22 @@ def make_celery_app(config: Any) -> PyramidCelery:
     # As make_wsgi_app() does: so the tasks find the only application of a process.
     global_registries.add(config.registry)
     return get_celery_app(config.registry)
+
+
+def eager_tween_factory(handler: Any, registry: Any) -> Any:
+    """Make a tween that lets the error of an eager task end the request which dispatched it.
+
+    Without ``task_always_eager`` and ``task_eager_propagates`` there is no tween.
+    """
+    conf = get_celery_app(registry).conf
+    if not (conf.task_always_eager and conf.task_eager_propagates):
+        return handler
+
+    def eager_tween(request: Any) -> Any:
+        with raising_interruptions():
+            return handler(request)
+
+    return eager_tween
 
 
 def _watch_transactions(event: NewRequest) -> None:
@@ -89,6 +110,7 @@ class _Source:
 
 
 def _register_celery_app(config: Any) -> None:
+    retry_attempts(config.registry.settings)  # a wrong one ends the start, not the first run
     configuration = _read(config.registry)
     configuration.report()
     app = PyramidCelery(

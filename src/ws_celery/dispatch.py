@@ -9,8 +9,7 @@ obeyed without anybody calling us.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,21 +26,25 @@ from transaction.interfaces import (
 )
 from zope.interface import implementer
 
+from ws_celery.eager import DeferredResult, EagerCall
+from ws_celery.sessions import open_session, open_transactions, tell_rollbacks
+
 __all__ = (
     "DispatchDataManager",
     "Publication",
     "RecordingProducer",
     "Transactions",
     "immediately",
-    "publish",
+    "raising_interruptions",
 )
 
 log = logging.getLogger(__name__)
 
-#: Seconds to wait for a broker that does not answer, at the connect and at each answer.
-CONNECT_TIMEOUT = 2.0
-
 _immediate: ContextVar[bool] = ContextVar("ws_celery_immediate", default=False)
+
+_interruptions: ContextVar[list[BaseException] | None] = ContextVar(
+    "ws_celery_interruptions", default=None
+)
 
 
 @contextmanager
@@ -59,12 +62,45 @@ def immediately() -> Iterator[None]:
         _immediate.reset(token)
 
 
+@contextmanager
+def raising_interruptions() -> Iterator[None]:
+    """Raise what has interrupted the hooks of a commit that was made inside.
+
+    The ``transaction`` package swallows whatever an after-commit hook raises: a time limit, a
+    signal to end the process, and the error of an eager task.
+    """
+    caught: list[BaseException] = []
+    token = _interruptions.set(caught)
+    try:
+        yield
+    finally:
+        _interruptions.reset(token)
+    if caught:
+        raise caught[0]
+
+
+@contextmanager
+def _told_to_caller() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as interruption:
+        caught = _interruptions.get()
+        if caught is not None:
+            caught.append(interruption)
+        elif isinstance(interruption, Exception):
+            log.exception("The transaction has committed, but what follows it has failed")
+        else:
+            raise
+
+
 @dataclass(frozen=True)
 class Publication:
     """One message: the serialised body, and the options of :meth:`kombu.Producer.publish`."""
 
     payload: str | bytes
     options: dict[str, Any]
+    #: The transactions and savepoints of SQLAlchemy in which it was dispatched.
+    session_transactions: tuple[Any, ...] = ()
 
     @property
     def task_id(self) -> str | None:
@@ -90,24 +126,36 @@ class RecordingProducer:
 
     :param connection: the connection that the message will leave by; it is never opened here.
     :param publications: where to keep what is published.
+    :param session_transactions: what is open in the request's SQLAlchemy session.
     """
 
     #: No serializer of its own: Celery passes the task's with every message.
     serializer: str | None = None
 
-    def __init__(self, connection: Connection, publications: MutableSequence[Publication]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        publications: MutableSequence[Publication | EagerCall],
+        session_transactions: tuple[Any, ...] = (),
+    ) -> None:
         self.connection = connection
         self._publications = publications
+        self._session_transactions = session_transactions
 
     def publish(self, body: Any, *, serializer: str | None = None, **options: Any) -> None:
         content_type, content_encoding, payload = dumps(body, serializer=serializer)
         options.update(content_type=content_type, content_encoding=content_encoding)
-        self._publications.append(Publication(payload, options))
+        self._publications.append(Publication(payload, options, self._session_transactions))
+
+    def defer(self, run: Callable[[], Any], result: DeferredResult) -> DeferredResult:
+        """Let ``run`` be called after the commit, and settle ``result``; returns it."""
+        self._publications.append(EagerCall(run, result, self._session_transactions))
+        return result
 
 
 @implementer(IDataManagerSavepoint)
 class _Savepoint:
-    def __init__(self, publications: MutableSequence[Publication]) -> None:
+    def __init__(self, publications: MutableSequence[Publication | EagerCall]) -> None:
         self._publications = publications
         self._length = len(publications)
 
@@ -130,9 +178,9 @@ class DispatchDataManager:
     def __init__(self, app: Any, txn: Any) -> None:
         #: The interface wants the name; the transaction itself is told by the calls.
         self.transaction_manager: Any = None
-        self.publications: list[Publication] = []
+        self.publications: list[Publication | EagerCall] = []
         self._app = app
-        txn.addAfterCommitHook(self._after_commit)
+        txn.addAfterCommitHook(self._after_commit, (txn,))
         try:
             txn.join(self)
         except ValueError:
@@ -140,15 +188,31 @@ class DispatchDataManager:
             # savepoint can come any more, so that the hook alone is enough.
             log.debug("dispatch during the commit of %r", txn)
 
-    def _after_commit(self, committed: bool) -> None:
-        if committed and self.publications:
-            self._app.publish(self.publications)
+    def _after_commit(self, committed: bool, txn: Any) -> None:
+        if not committed:
+            return
+        messages = [item for item in self.publications if isinstance(item, Publication)]
+        calls = [item for item in self.publications if isinstance(item, EagerCall)]
+        if messages:
+            with _told_to_caller():
+                self._app.publish(messages)
+        for call in calls:
+            with _told_to_caller():
+                call.perform(txn)
 
     def abort(self, txn: Any) -> None:
         self.publications.clear()
         # A rolled-back savepoint aborts and unjoins a manager that joined after it: a later
         # dispatch has to join anew, or its messages would be lost.
         txn.set_data(self._app, None)
+
+    def rolled_back(self, session_transaction: Any) -> None:
+        """Drop what was dispatched in a transaction or savepoint of SQLAlchemy that is undone."""
+        self.publications[:] = [
+            publication
+            for publication in self.publications
+            if session_transaction not in publication.session_transactions
+        ]
 
     def savepoint(self) -> _Savepoint:
         return _Savepoint(self.publications)
@@ -244,51 +308,21 @@ class Transactions:
             data_manager = DispatchDataManager(app, txn)
             txn.set_data(app, data_manager)
         return RecordingProducer(
-            app.producer_pool.connections.connection, data_manager.publications
+            app.producer_pool.connections.connection,
+            data_manager.publications,
+            _watch_session(app, request, data_manager),
         )
+
+
+def _watch_session(app: Any, request: Any, data_manager: DispatchDataManager) -> tuple[Any, ...]:
+    """Listen to the request's session; return its open transactions."""
+    session = open_session(request, app.registry.settings.get("ws_celery.dbsession", "dbsession"))
+    if session is None:
+        return ()
+    tell_rollbacks(session, data_manager)
+    return open_transactions(session)
 
 
 def _of_this_thread(manager: Any) -> Any:
     # transaction.manager is a threading.local around one real manager for each thread.
     return getattr(manager, "manager", manager)
-
-
-def publish(app: Any, publications: Sequence[Publication]) -> None:
-    """Hand ``publications`` to the broker in one flush; never raises.
-
-    The database has committed when this runs, so that an error could only mislead the caller. It is
-    logged with the names and ids of the tasks that may not have been sent; without the outbox they
-    are lost. One pipeline carries all messages where kombu can batch (5.7 and later, Redis); in a
-    batch nothing is retried, because a part of it may have been delivered.
-    """
-    unsent = deque(publications)
-    try:
-        with app.producer_pool.acquire(block=True) as producer:
-            producer.connection.ensure_connection(
-                max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT
-            )
-            _declare_once(producer, unsent)
-            if getattr(producer, "supports_batch_publish", False):
-                with producer.batch():
-                    for publication in unsent:
-                        publication.publish(producer, declare=None, retry=False)
-            else:
-                while unsent:
-                    unsent[0].publish(producer, declare=None)
-                    unsent.popleft()
-    except Exception:
-        log.exception(
-            "The transaction has committed, but these tasks may not have been sent: %s",
-            ", ".join(f"{p.task_name}[{p.task_id}]" for p in unsent if p.task_id),
-        )
-
-
-def _declare_once(producer: Producer, publications: Iterable[Publication]) -> None:
-    # Once per flush instead of once per message: maybe_declare was half the cost of a message.
-    entities = {
-        (type(entity), entity.name): entity
-        for publication in publications
-        for entity in publication.options.get("declare") or ()
-    }
-    for entity in entities.values():
-        producer.maybe_declare(entity, retry=True, max_retries=1, interval_start=0)

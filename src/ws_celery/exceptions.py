@@ -10,14 +10,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kombu.exceptions import EncodeError
 from pyramid.exceptions import ConfigurationError as PyramidConfigurationError
 
 __all__ = (
+    "ArgumentNotSerializable",
     "BrokerUnavailable",
     "ConfigurationError",
     "Fault",
     "NoCurrentApplication",
     "NotIncluded",
+    "NotRunYet",
     "TaskNotRegistered",
     "WsCeleryError",
 )
@@ -129,5 +132,22 @@ class TaskNotRegistered(WsCeleryError):
         )
 
 
+class ArgumentNotSerializable(WsCeleryError, EncodeError):
+    """An argument of a call cannot be written into a message."""
+
+    def __init__(self, task: str, argument: str, serializer: str, advice: str) -> None:
+        super().__init__(f"{task}: {argument} cannot be serialized with {serializer}: {advice}.")
+
+
+class NotRunYet(WsCeleryError):
+    """The result of an eager task is wanted before the transaction has committed."""
+
+    def __init__(self, name: str, task_id: str) -> None:
+        super().__init__(
+            f"The task {name}[{task_id}] has not run: with task_always_eager it runs when the "
+            "transaction commits. Ask for its result after the commit."
+        )
+
+
 class BrokerUnavailable(WsCeleryError):
-    """The embedded broker is configured but cannot be started or is not running."""
+    """The broker does not answer; the embedded one may not be running."""

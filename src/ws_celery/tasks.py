@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial, update_wrapper
 from typing import Any, overload
 
@@ -16,7 +18,9 @@ from celery.utils.functional import head_from_fun
 from transaction.interfaces import NoTransaction
 
 from ws_celery.app import PyramidCelery, current_celery_app, get_celery_app
-from ws_celery.dispatch import immediately
+from ws_celery.arguments import naming_the_argument
+from ws_celery.dispatch import RecordingProducer, immediately, raising_interruptions
+from ws_celery.eager import DeferredResult
 from ws_celery.exceptions import ConfigurationError, TaskNotRegistered
 from ws_celery.request import (
     HEADER,
@@ -35,11 +39,15 @@ __all__ = (
     "add_celery_task",
     "add_imported_task",
     "celery_app",
+    "retry_attempts",
     "task",
 )
 
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
+
+#: What defers the eager call that is being made, if a transaction is open.
+_recorder: ContextVar[RecordingProducer | None] = ContextVar("ws_celery_recorder", default=None)
 
 #: Celery's own tasks that call another task like a function.
 _CALLERS = ("celery.map", "celery.starmap")
@@ -126,11 +134,49 @@ class RequestAwareTask(Task):
 
         :return: the ``AsyncResult`` with the id that the task will have.
         :raises TypeError: at once, if the arguments do not fit the function.
-        :raises kombu.exceptions.EncodeError: at once, if a value does not serialise.
+        :raises ArgumentNotSerializable: at once, if a value does not serialise; it is an
+            :exc:`kombu.exceptions.EncodeError`.
         """
         request, args, kwargs = split_request(args, kwargs)
-        with calling(request):
+        with calling(request), self._deferring_eager(args, kwargs, options):
             return super().apply_async(args, kwargs, *starargs, **options)
+
+    def delay_on_commit(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what ``delay`` does: every dispatch waits for the commit. Django's users know it."""
+        return self.delay(*args, **kwargs)
+
+    def apply_async_on_commit(self, *args: Any, **options: Any) -> Any:
+        """Do what :meth:`apply_async` does: every dispatch waits for the commit."""
+        return self.apply_async(*args, **options)
+
+    @contextmanager
+    def _deferring_eager(self, args: Any, kwargs: Any, options: dict[str, Any]) -> Iterator[None]:
+        """Let the ``apply()`` in which an eager ``apply_async()`` ends wait for the commit."""
+        if not self.app.conf.task_always_eager or options.get("producer"):
+            yield
+            return
+        token = _recorder.set(self.app.transactions.recorder(self.app, calling_request()))
+        serializer = options.get("serializer") or self.serializer
+        try:
+            with naming_the_argument(self.name, args, kwargs, serializer):
+                yield
+        finally:
+            _recorder.reset(token)
+
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Run here and now, as in Celery; see :meth:`apply_async` for ``task_always_eager``."""
+        _, args, kwargs = split_request(args, kwargs)
+        recorder, caller = _recorder.get(), calling_request()
+        token = _recorder.set(None)  # what the task itself applies is not meant
+        try:
+            if recorder is None:
+                return super().apply(args, kwargs, **options)
+        finally:
+            _recorder.reset(token)
+        if caller is not None:
+            options["headers"] = {HEADER: describe(caller), **(options.get("headers") or {})}
+        result = DeferredResult(options["task_id"], self.name)
+        return recorder.defer(partial(super().apply, args, kwargs, **options), result)
 
     def signature(
         self, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
@@ -145,13 +191,39 @@ class RequestAwareTask(Task):
         The message leaves at once: the transaction of this run aborts, and a message deferred to it
         would be lost with it.
         """
-        _, plain_args, plain_kwargs = split_request(args, kwargs)
+        args, kwargs = self._arguments_of_retry(args, kwargs)
         with immediately():
-            return super().retry(
-                args=None if args is None else plain_args,
-                kwargs=None if kwargs is None else plain_kwargs,
-                **options,
-            )
+            return super().retry(args=args, kwargs=kwargs, **options)
+
+    def _arguments_of_retry(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Complete what ``retry()`` was given by what the run was given.
+
+        Celery does this as well, but counts the request among the arguments.
+        """
+        if args is None and kwargs is None:
+            return None, None
+        _, new_args, new_kwargs = split_request(args, kwargs)
+        old_args, old_kwargs = self.request.args or (), self.request.kwargs or {}
+        names = _positional_names(self.run)
+        if kwargs is None:
+            taken = names[: len(new_args)]
+            kept = {name: value for name, value in old_kwargs.items() if name not in taken}
+            return new_args, kept
+        if args is None:
+            merged = [
+                new_kwargs.pop(name, value) for name, value in zip(names, old_args, strict=False)
+            ]
+            return (*merged, *old_args[len(names) :]), new_kwargs
+        return new_args, new_kwargs
+
+
+def _positional_names(run: Callable[..., Any]) -> list[str]:
+    parameters = list(inspect.signature(run).parameters.values())[1:]  # without the request
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
 
 
 class TransactionalTask(RequestAwareTask):
@@ -160,7 +232,8 @@ class TransactionalTask(RequestAwareTask):
     The transaction manager is the one pyramid_tm would use (``request.tm``), so that
     ``request.dbsession`` works as in a view. A conflict with another transaction (what the data
     managers call retryable: serialization failures, deadlocks) is tried again in place, with a new
-    request, up to the setting ``retry.attempts`` (3) in all.
+    request, up to the setting ``retry.attempts`` (3) in all; then by Celery's retry, as the options
+    ``max_retries`` and ``default_retry_delay`` say.
 
     Tasks dispatched by the function leave when it has committed. ``self.retry()`` aborts and is
     sent; ``self.replace()`` and ``raise Ignore()`` commit; ``raise Reject()`` and a doomed
@@ -172,11 +245,12 @@ class TransactionalTask(RequestAwareTask):
 
     def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._abandon_leftovers()
-        attempts_left = int(self.app.registry.settings.get("retry.attempts", 3))
+        attempts_left = retry_attempts(self.app.registry.settings)
         while True:
             attempts_left -= 1
-            with self._task_request() as request:
+            with raising_interruptions(), self._task_request() as request:
                 manager = self._begin(request)
+                self.request.ws_celery_manager = manager if attempts_left else None
                 try:
                     return self._run_and_commit(manager, request, args, kwargs)
                 except Ignore:
@@ -185,8 +259,22 @@ class TransactionalTask(RequestAwareTask):
                     conflict = _is_conflict(manager, error)
                     _deactivate(request)
                     manager.abort()
-                    if not (conflict and attempts_left > 0):
+                    if not conflict:
                         raise
+                    if not attempts_left:
+                        self.request.ws_celery_manager = None
+                        raise self.retry(exc=error) from error
+
+    def retry(self, *args: Any, exc: Any = None, **options: Any) -> Any:
+        """Send the task again and end this run; see :meth:`RequestAwareTask.retry`.
+
+        A conflict as its reason is tried again in place first: ``autoretry_for=(Exception,)``
+        catches it before the transaction can.
+        """
+        manager = getattr(self.request, "ws_celery_manager", None)
+        if manager is not None and exc is not None and _is_conflict(manager, exc):
+            raise exc
+        return super().retry(*args, exc=exc, **options)
 
     def _begin(self, request: Any) -> Any:
         manager = getattr(request, "tm", None)
@@ -210,6 +298,20 @@ class TransactionalTask(RequestAwareTask):
             raise
         _finish(manager, request)
         return result
+
+
+def retry_attempts(settings: Any) -> int:
+    """Return how often a task is run in place: ``retry.attempts``, as of pyramid_retry.
+
+    :raises ConfigurationError: if it is not a positive number.
+    """
+    value = settings.get("retry.attempts", 3)
+    with suppress(TypeError, ValueError):
+        if int(value) > 0:
+            return int(value)
+    raise ConfigurationError(
+        f"retry.attempts = {value!r} is not a number of attempts. Write 1 or more, such as 3."
+    )
 
 
 def _finish(manager: Any, request: Any) -> None:
@@ -282,6 +384,14 @@ class TaskProxy:
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Dispatch with options; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).apply_async(args, kwargs, **options)
+
+    def delay_on_commit(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what :meth:`delay` does; see :meth:`RequestAwareTask.delay_on_commit`."""
+        return self.delay(*args, **kwargs)
+
+    def apply_async_on_commit(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Do what :meth:`apply_async` does."""
+        return self.apply_async(args, kwargs, **options)
 
     def _of(self, args: Any, kwargs: Any) -> Task:
         request, _, _ = split_request(args, kwargs)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from contextvars import Context as Variables
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 import celery.contrib.testing.tasks  # noqa: F401 - the fixture celery_worker asks for its task
 import pytest
@@ -38,6 +38,7 @@ from pyramid.threadlocal import manager as threadlocals
 
 from ws_celery.app import PyramidCelery, loaded_celery_app
 from ws_celery.dispatch import Publication, RecordingProducer, immediately
+from ws_celery.eager import EagerCall
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import calling_request
@@ -86,7 +87,7 @@ class Capture(Sequence[CapturedTask]):
     def __init__(self, app: PyramidCelery, environ: Mapping[str, Any] | None = None) -> None:
         self.app = app
         self.environ = dict(environ or {})
-        self._sent: list[Publication] = []
+        self._sent: list[Publication | EagerCall] = []
         self._transactions: list[Any] = []
         self._countdowns: dict[str, Any] = {}
         self._outer: Capture | None = app.__dict__.get("captured_by")
@@ -212,15 +213,17 @@ class Capture(Sequence[CapturedTask]):
         """
         with immediately():
             result = task.apply_async(args, kwargs)
-        (publication,) = (found for found in self._sent if found.task_id == result.id)
+        (publication,) = (
+            found for found in self._sent if _is_task(found) and found.task_id == result.id
+        )
         self._sent.remove(publication)
         return self._run(publication)
 
     def _take(self) -> Publication | None:
         for held in self._held():
             while held:
-                publication: Publication = held.pop(0)
-                if publication.task_id:
+                publication = held.pop(0)
+                if _is_task(publication):
                     return publication
         return None
 
@@ -236,7 +239,7 @@ class Capture(Sequence[CapturedTask]):
         return [self._sent, *filter(None, recorded)]
 
     def _publications(self) -> list[Publication]:
-        return [found for held in self._held() for found in held if found.task_id]
+        return [found for held in self._held() for found in held if _is_task(found)]
 
     def look_at(self, source: Any) -> None:
         """Include what the current transaction of a request or manager has recorded already."""
@@ -409,6 +412,11 @@ def _registries(source: Any) -> list[Registry]:
 def _celery_app(source: Any) -> PyramidCelery:
     apps = [registry.queryUtility(ICeleryApp) for registry in _registries(source)]
     return next(filter(None, apps), None) or loaded_celery_app("capture()")
+
+
+def _is_task(recorded: Publication | EagerCall) -> TypeGuard[Publication]:
+    """Tell a task's message from an event that travels along and from an eager call."""
+    return isinstance(recorded, Publication) and recorded.task_id is not None
 
 
 def _recorded(app: PyramidCelery, txn: Any) -> list[Publication]:

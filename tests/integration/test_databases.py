@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import transaction
 import zope.sqlalchemy
+from kombu.exceptions import EncodeError
 from pyramid.response import Response
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
@@ -42,14 +43,14 @@ def make(request, make_app, database):
     """Make an application with this database, for each kind of transaction manager."""
     settings = EXPLICIT if request.param == "explicit manager" else {}
 
-    def make(*tasks, view=None):
+    def make(*tasks, view=None, celery=""):
         def setup(config):
             database.includeme(config)
             if view:
                 config.add_route("home", "/")
                 config.add_view(view, route_name="home")
 
-        return make_app(write, write_and_fail, *tasks, setup=setup, **settings)
+        return make_app(write, write_and_fail, *tasks, setup=setup, celery=celery, **settings)
 
     return make
 
@@ -171,6 +172,23 @@ def test_a_task_is_not_sent_if_the_database_refuses_the_commit(make, database):
     assert app.names() == []
 
 
+def test_an_eager_task_sees_what_its_view_has_committed_and_commits_itself(make, database):
+    @task(name="correct")
+    def correct(request):
+        request.dbsession.get(Note, 1).text += ", corrected"
+
+    def view(request):
+        request.dbsession.add(Note(id=1, text="ordered"))
+        correct.delay()
+        write_and_fail.delay(2)
+        write.delay(3)
+        return Response("done")
+
+    make(correct, view=view, celery="task_always_eager = true").web.get("/")
+
+    assert database.notes() == ["ordered, corrected", "note 3"]
+
+
 def dispatching_view(request):
     """A view whose rows dispatch a task when they are flushed, which the commit does."""
     session = request.dbsession
@@ -272,8 +290,17 @@ def test_a_serialization_failure_is_tried_again(counting, postgres):
 
 def test_a_serialization_failure_is_a_failure_in_the_end(counting, postgres):
     count, attempts = counting
+    count.max_retries = 0
     result = count.apply((9,))
 
     assert isinstance(result.result, DBAPIError)
     assert attempts == ["0", "10", "20"]
     assert postgres.notes() == ["30"]
+
+
+@pytest.mark.parametrize("pass_it", [lambda note: note, lambda note: [{"note": note}]])
+def test_a_row_as_an_argument_is_told_to_be_passed_by_its_key(make_app, sqlite, pass_it):
+    make_app(write, setup=sqlite.includeme)
+    advice = r"write: argument 1 cannot be serialized with json: a Note is a row .* key \(id\)"
+    with transaction.manager, pytest.raises(EncodeError, match=advice):
+        write.delay(pass_it(Note(id=1, text="ordered")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import transaction
 from celery.exceptions import Ignore, Reject, Retry
+from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid_tm import is_tm_active
 from transaction.interfaces import TransientError
@@ -336,11 +337,77 @@ def test_a_conflict_is_tried_as_often_as_the_setting_says(run, ledgers, options)
         raise TransientError
 
     options["retry__attempts"] = "2"
-    result = run(conflict)
+    result = run(conflict, max_retries=0)
     del options["retry__attempts"]
 
     assert isinstance(result.result, TransientError)
     assert ends(ledgers) == ["aborted", "aborted"]
+
+
+def test_a_conflict_that_stays_goes_on_by_retries(run, ledgers):
+    retries = []
+
+    def conflict(self, request):
+        retries.append(self.request.retries)
+        raise TransientError
+
+    result = run(conflict, max_retries=1)
+
+    assert isinstance(result.result, TransientError)
+    assert retries == [0, 0, 0, 1, 1, 1]
+    assert ends(ledgers) == ["aborted"] * 6
+
+
+@pytest.mark.parametrize("error", [TransientError, LookupError])
+def test_a_conflict_that_would_be_retried_is_tried_in_place_first(run, ledgers, error):
+    retries = []
+
+    def fail(self, request):
+        retries.append(self.request.retries)
+        raise error
+
+    result = run(fail, autoretry_for=(Exception,), max_retries=1, retry_backoff=True)
+
+    assert isinstance(result.result, error)
+    assert retries == ([0, 0, 0, 1, 1, 1] if error is TransientError else [0, 1])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", ""])
+def test_a_number_of_attempts_that_is_none_ends_the_start(make_app, value):
+    with pytest.raises(ConfigurationExecutionError, match=r"retry\.attempts = "):
+        make_app(include=(), retry__attempts=value)
+
+
+@pytest.mark.parametrize(
+    ("called", "again", "expected"),
+    [
+        (((1, 2), {}), {"args": (3, 4)}, ((3, 4), {})),
+        (((1,), {"y": 2}), {"args": (3,)}, ((3,), {"y": 2})),
+        (((1,), {"y": 2}), {"args": (3, 4)}, ((3, 4), {})),
+        (((1, 2), {}), {"kwargs": {"y": 4}}, ((1, 4), {})),
+        (((1,), {"y": 2}), {"kwargs": {"y": 4}}, ((1,), {"y": 4})),
+        (((), {"x": 1}), {"args": (), "kwargs": {"x": 3}}, ((), {"x": 3})),
+        (((1,), {"y": 2}), {}, ((1,), {"y": 2})),
+    ],
+)
+@pytest.mark.parametrize("with_request", [False, True])
+def test_a_retry_takes_arguments_without_the_request(
+    make_app, called, again, expected, with_request
+):
+    seen = []
+
+    @task(name="task", bind=True, autoretry_for=(OSError,))
+    def again_once(self, request, x, y=None):
+        seen.append((tuple(self.request.args), self.request.kwargs))
+        if self.request.retries == 0:
+            options = dict(again)
+            if with_request and "args" in options:
+                options["args"] = (request, *options["args"])
+            raise self.retry(**options)
+
+    make_app(again_once).celery.tasks["task"].apply(*called).get()
+
+    assert seen == [called, expected]
 
 
 def test_a_conflict_at_the_commit_is_tried_again(run, ledgers):

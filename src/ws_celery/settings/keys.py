@@ -228,11 +228,24 @@ def meant_transport_key(key: str) -> str | None:
     return close[0] if close else None
 
 
+#: A time to wait: never none at all.
+_PATIENCE = replace(
+    SECONDS,
+    expected="more than 0 seconds",
+    example="2",
+    finish=number(least=1e-9, most=86400).finish,
+)
+
 #: Settings of our own, ``ws_celery.*`` in the application's section.
 OUR_SETTINGS: dict[str, Kind] = {
     "ws_celery.config_uri": replace(
         TEXT, expected="the INI file with the [celery...] sections", example="%(__file__)s"
     ),
+    "ws_celery.dbsession": replace(
+        TEXT, expected="the request's attribute with the SQLAlchemy session", example="dbsession"
+    ),
+    "ws_celery.publish_timeout": _PATIENCE,
+    "ws_celery.publish_cooldown": replace(_PATIENCE, example="5"),
 }
 
 

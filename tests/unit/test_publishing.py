@@ -1,0 +1,158 @@
+"""What an application learns of the flush after the commit, and what may interrupt it."""
+
+from __future__ import annotations
+
+import pytest
+import transaction
+from celery.exceptions import SoftTimeLimitExceeded
+from kombu.exceptions import OperationalError
+from pyramid.exceptions import ConfigurationExecutionError
+
+from ws_celery import task
+from ws_celery.dispatch import Publication
+from ws_celery.events import PublishFailed, TasksPublished
+
+
+@task(name="add")
+def add(request, x):
+    """Do nothing."""
+
+
+@task(name="outer")
+def outer(request):
+    add.delay(1)
+
+
+@pytest.fixture
+def events():
+    """What the subscriber of the application has been told."""
+    return []
+
+
+@pytest.fixture
+def app(make_app, events):
+    def setup(config):
+        config.add_subscriber(events.append, TasksPublished)
+
+    return make_app(add, outer, setup=setup, ws_celery__publish_cooldown="1e-9")
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Let each publication raise an error."""
+
+    def fail(error):
+        def publish(self, producer, **overrides):
+            raise error
+
+        monkeypatch.setattr(Publication, "publish", publish)
+
+    return fail
+
+
+def test_what_has_been_published_is_told_once_for_a_commit(app, events):
+    with transaction.manager:
+        ids = [add.delay(number).id for number in range(2)]
+
+    (event,) = events
+    assert type(event) is TasksPublished
+    assert event.app is app.celery
+    assert event.tasks == [("add", ids[0]), ("add", ids[1])]
+    assert event.tasks[0].name == "add"
+
+
+def test_a_transaction_without_tasks_tells_nothing(app, events):
+    with transaction.manager:
+        pass
+
+    assert events == []
+
+
+def test_what_could_not_be_published_is_told_with_the_reason(app, events, fail):
+    fail(OperationalError("gone"))
+    with transaction.manager:
+        result = add.delay(1)
+
+    (event,) = events
+    assert type(event) is PublishFailed
+    assert event.tasks == [("add", result.id)]
+    assert str(event.error) == "gone"
+
+
+def test_an_error_that_is_not_the_brokers_does_not_mark_it_as_down(app, events, fail, monkeypatch):
+    fail(ValueError("odd message"))
+    with transaction.manager:
+        add.delay(1)
+    monkeypatch.undo()
+    with transaction.manager:
+        add.delay(2)
+
+    assert [type(event) for event in events] == [PublishFailed, TasksPublished]
+    assert app.names() == ["add"]
+
+
+@pytest.mark.parametrize("error", [None, OperationalError("gone")], ids=["published", "failed"])
+def test_a_subscriber_that_fails_does_not_fail_the_commit(make_app, fail, caplog, error):
+    def subscriber(event):
+        raise LookupError("no such thing")
+
+    make_app(add, setup=lambda config: config.add_subscriber(subscriber, TasksPublished))
+    if error:
+        fail(error)
+    with transaction.manager:
+        add.delay(1)
+
+    assert "has failed" in caplog.text
+
+
+# Interruptions
+
+
+def test_a_time_limit_during_the_flush_ends_the_task(app, fail, events):
+    fail(SoftTimeLimitExceeded())
+    result = app.celery.tasks["outer"].apply()
+
+    assert isinstance(result.result, SoftTimeLimitExceeded)
+    assert [type(event) for event in events] == [PublishFailed]
+
+
+def test_a_signal_to_exit_during_the_flush_ends_the_process(app, fail):
+    fail(SystemExit())
+    with pytest.raises(SystemExit):
+        app.celery.tasks["outer"].apply()
+
+
+def test_a_time_limit_during_a_subscriber_ends_the_task(make_app):
+    def subscriber(event):
+        raise SoftTimeLimitExceeded
+
+    app = make_app(
+        add, outer, setup=lambda config: config.add_subscriber(subscriber, TasksPublished)
+    )
+
+    assert isinstance(app.celery.tasks["outer"].apply().result, SoftTimeLimitExceeded)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
+@pytest.mark.parametrize("key", ["publish_timeout", "publish_cooldown"])
+def test_a_time_that_is_none_ends_the_start(make_app, key, value):
+    with pytest.raises(
+        ConfigurationExecutionError, match=rf"ws_celery\.{key} = .*more than 0 seconds"
+    ):
+        make_app(**{f"ws_celery__{key}": value})
+
+
+def test_a_flush_that_is_too_slow_is_cut_off(make_app, events, monkeypatch):
+    def setup(config):
+        config.add_subscriber(events.append, TasksPublished)
+
+    make_app(add, setup=setup, ws_celery__publish_timeout="1e-9")
+    monkeypatch.setattr("ws_celery.publishing.PER_MESSAGE", 0)
+    with transaction.manager:
+        add.delay(1)
+
+    (event,) = events
+    assert isinstance(event.error, TimeoutError)
