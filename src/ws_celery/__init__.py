@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ws_celery.app import get_celery_app
 from ws_celery.config import includeme
+from ws_celery.declaration import celery_app, task
 from ws_celery.dispatch import immediately
 from ws_celery.exceptions import ConfigurationError, WsCeleryError
-from ws_celery.tasks import RequestAwareTask, TransactionalTask, celery_app, task
+from ws_celery.tasks import RequestAwareTask, TransactionalTask
 
 __all__ = (
     "ConfigurationError",

@@ -16,13 +16,14 @@ from pyramid.tweens import EXCVIEW
 from zope.interface import implementer
 
 from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.declaration import CATEGORY, add_celery_task, add_imported_task
 from ws_celery.dispatch import raising_interruptions
 from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp, ICelerySource
 from ws_celery.masking import masked
 from ws_celery.settings import Configuration, Setting, read_configuration
-from ws_celery.tasks import CATEGORY, add_celery_task, add_imported_task, retry_attempts
+from ws_celery.tasks import retry_attempts
 
 __all__ = ("eager_tween_factory", "includeme", "read_file")
 

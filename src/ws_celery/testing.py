@@ -37,12 +37,12 @@ from pyramid.threadlocal import get_current_registry
 from pyramid.threadlocal import manager as threadlocals
 
 from ws_celery.app import PyramidCelery, loaded_celery_app
+from ws_celery.declaration import TaskProxy
 from ws_celery.dispatch import Publication, RecordingProducer, immediately
 from ws_celery.eager import EagerCall
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import calling_request
-from ws_celery.tasks import TaskProxy
 
 __all__ = ("Capture", "CapturedTask", "capture", "celery_environ", "perform")
 

@@ -24,7 +24,7 @@ from sybil.parsers.rest import CodeBlockParser
 
 from ws_celery.cli import main
 from ws_celery.config import read_file
-from ws_celery.tasks import TaskProxy
+from ws_celery.declaration import TaskProxy
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({*ROOT.glob("*.rst"), *ROOT.glob("docs/**/*.rst")})
