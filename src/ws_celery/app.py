@@ -73,7 +73,7 @@ class PyramidCelery(Celery):
         """Return a connection for publishing, as in Celery; Redis is not waited for without end.
 
         redis-py would wait for ever for a server that has stopped answering, and with it every
-        request that commits. Transport options of the configuration are left alone.
+        call that is sent at once. Transport options of the configuration are left alone.
         """
         connection = super().connection_for_write(*args, **options)
         if connection.transport.driver_type == "redis":

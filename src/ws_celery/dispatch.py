@@ -105,12 +105,15 @@ class Publication:
     @property
     def task_id(self) -> str | None:
         """Id of the task, or ``None`` for an event that travels along."""
-        return self.options["headers"].get("id") if self.options.get("headers") else None
+        return self._header("id")
 
     @property
     def task_name(self) -> str | None:
         """Name of the task, or ``None`` for an event that travels along."""
-        return self.options["headers"].get("task") if self.options.get("headers") else None
+        return self._header("task")
+
+    def _header(self, name: str) -> Any:
+        return (self.options.get("headers") or {}).get(name)
 
     def publish(self, producer: Producer, **overrides: Any) -> None:
         """Hand the message to the broker."""

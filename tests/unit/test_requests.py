@@ -62,9 +62,11 @@ def test_a_link_in_a_task_is_the_link_of_its_caller(app, environ):
     assert run(app, message) == request.route_url("home")
 
 
-def test_a_view_passes_its_host_on_without_naming_its_request(make_app):
+def visited(make_app, dispatch):
+    """Make an application whose view dispatches, and visit it at a host of its own."""
+
     def view(request):
-        link.delay()
+        dispatch(request)
         return Response("done")
 
     def setup(config):
@@ -73,6 +75,11 @@ def test_a_view_passes_its_host_on_without_naming_its_request(make_app):
 
     app = make_app(link, setup=setup)
     app.web.get("/home", extra_environ={"HTTP_HOST": "shop.example.com"})
+    return app
+
+
+def test_a_view_passes_its_host_on_without_naming_its_request(make_app):
+    app = visited(make_app, lambda _request: link.delay())
     (message,) = app.sent()
 
     assert run(app, message) == "http://shop.example.com/home"
@@ -96,31 +103,13 @@ def test_a_task_called_by_a_task_keeps_the_host(app):
 
 
 def test_every_task_of_a_group_keeps_the_host(make_app):
-    def view(request):
-        group(link.s(number) for number in range(3)).delay()
-        return Response("done")
-
-    def setup(config):
-        add_home(config)
-        config.add_view(view, route_name="home")
-
-    app = make_app(link, setup=setup)
-    app.web.get("/home", extra_environ={"HTTP_HOST": "shop.example.com"})
+    app = visited(make_app, lambda _request: group(link.s(number) for number in range(3)).delay())
 
     assert {run(app, message) for message in app.sent()} == {"http://shop.example.com/home"}
 
 
 def test_a_task_sent_by_name_keeps_the_host(make_app):
-    def view(request):
-        request.celery_app.send_task("link")
-        return Response("done")
-
-    def setup(config):
-        add_home(config)
-        config.add_view(view, route_name="home")
-
-    app = make_app(link, setup=setup)
-    app.web.get("/home", extra_environ={"HTTP_HOST": "shop.example.com"})
+    app = visited(make_app, lambda request: request.celery_app.send_task("link"))
     (message,) = app.sent()
 
     assert run(app, message) == "http://shop.example.com/home"
