@@ -1,10 +1,11 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 PORT ?= 6543
+CHAOS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo dev test lint types docs ci clean
+.PHONY: help demo dev test chaos lint types docs bench ci clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,9 +18,13 @@ dev: $(VENV)/demo ## Run development.ini: web, worker, beat, broker, reloaded on
 
 test: $(VENV)/dev ## Install, and run the tests with coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --numprocesses auto --maxprocesses 4
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+chaos: $(VENV)/dev ## Kill real processes at every step, count the losses, write the table (CHAOS=options)
+	$(BIN)/python -m chaos $(CHAOS)
+	$(BIN)/python -m chaos.beats
 
 lint: $(VENV)/dev ## Check style and the direction of imports
 	$(BIN)/ruff check .
@@ -31,6 +36,10 @@ types: $(VENV)/dev ## Check types
 
 docs: $(VENV)/dev ## Build the documentation
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/bench ## Measure side by side with plain Celery; write docs/benchmarks
+	$(BIN)/python -m benchmarks --write docs/benchmarks
+	$(BIN)/python -m benchmarks.beat
 
 ci: lint types docs test ## Everything that CI runs
 

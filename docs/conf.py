@@ -14,7 +14,7 @@ version = release = __version__
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 extensions = ["settings_tables", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmarks/*", "guarantees"]
 html_theme = "furo"
 html_title = f"ws_celery {release}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from pyramid.threadlocal import manager as threadlocals
 from tests.services import (  # noqa: F401 - fixtures
     broker_url,
     embedded_broker,
+    mariadb_url,
     postgres_url,
     rabbitmq_url,
     redis_url,
@@ -106,6 +108,13 @@ def write_ini(tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let child processes run without coverage, which imports a good deal into them."""
+    for variable in [each for each in os.environ if each.startswith("COVERAGE_PROCESS_")]:
+        monkeypatch.delenv(variable)
+
+
+@pytest.fixture
 def make_config(write_ini: Callable[[str], str]) -> Callable[..., Configurator]:
     """Make a Configurator that includes ws_celery; nothing is committed.
 
@@ -154,9 +163,11 @@ def make_app(
 
 
 def _delete_queue(app: PyramidCelery) -> None:
-    with app.connection_for_write() as connection, suppress(OperationalError):
+    # KeyError: the memory's has no such exchange before something was sent.
+    with app.connection_for_write() as connection, suppress(OperationalError, KeyError):
         connection.ensure_connection(max_retries=1, interval_start=0)  # unless it is stopped
         connection.default_channel.queue_delete(app.conf.task_default_queue)
+        connection.default_channel.exchange_delete(app.conf.task_default_exchange)
 
 
 @pytest.fixture(scope="session", autouse=True)

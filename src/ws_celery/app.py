@@ -7,32 +7,42 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-import plaster
 from celery import Celery
-from paste.deploy.loadwsgi import ConfigLoader
-from plaster_pastedeploy import Loader as PasteDeployLoader
-from pyramid.config import global_registries
+from celery.app.backends import by_url
+from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
-from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
-from ws_celery.arguments import naming_the_argument
-from ws_celery.dispatch import Publication, RecordingProducer, Transactions
-from ws_celery.exceptions import NoCurrentApplication, NotIncluded
+from ws_celery.applications import INI_VARIABLE, current_celery_app
+from ws_celery.arguments import blame_argument
+from ws_celery.dispatch import Publication, RecordingProducer
+from ws_celery.eager import EagerWorker, MemoryBackend
+from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.interfaces import ICeleryApp
+from ws_celery.locks import Locks
+from ws_celery.logs import set_up_logging
+from ws_celery.masking import masked_text
+from ws_celery.propagation import Propagation
 from ws_celery.publishing import Publisher
-from ws_celery.request import HEADER, calling_request, describe
-from ws_celery.settings import Configuration, ini_variables
+from ws_celery.request import HEADER, calling_request, description_of
+from ws_celery.settings import Configuration, our_setting
+from ws_celery.transactions import Transactions
 
-__all__ = ("INI_VARIABLE", "PyramidCelery", "current_celery_app", "get_celery_app", "load_registry")
-
-#: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
-INI_VARIABLE = "WS_CELERY_INI"
+__all__ = ("PyramidCelery",)
 
 #: What the positional arguments of ``send_task`` after name, args and kwargs are called.
 _POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]
+
+#: Options that Celery asks for with every message.
+_ASKED_OFTEN = (
+    "task_always_eager",
+    "task_default_queue",
+    "task_repr_maxlevels",
+    "task_send_sent_event",
+)
 
 
 @implementer(ICeleryApp)
@@ -47,6 +57,8 @@ class PyramidCelery(Celery):
         not take from its routes, such as ``expires``.
     """
 
+    control_cls = "ws_celery.control:Control"
+
     def __init__(
         self,
         registry: Registry,
@@ -58,16 +70,41 @@ class PyramidCelery(Celery):
         self.configuration = configuration
         self._call_options = configuration.call_options if configuration else {}
         self.transactions = Transactions()
+        #: The attribute of requests that is their SQLAlchemy session.
+        self.session_attribute: str = our_setting(
+            registry.settings, "ws_celery.dbsession", "dbsession"
+        )
         self.publisher = Publisher(self, registry)
+        settings = {"beat_scheduler": "ws_celery.beat:Scheduler", **settings}
+        # Celery's default would be one for all applications of a process.
+        settings["beat_schedule"] = dict(settings.get("beat_schedule") or {})
+        #: Runs what would be sent, with ``task_always_eager``. Celery is not told; see eager.py.
+        self.eager = EagerWorker(self) if settings.pop("task_always_eager", False) else None
+        #: Keeps dispatches until they have taken effect, if the application has switched it on.
+        self.outbox: Any = None
+        #: Keeps tasks with ``@one_instance`` from running twice at a time.
+        self.locks = Locks(self)
+        #: The schedule in the database, if the application has switched it on.
+        self.schedule: Any = None
+        #: Entries of the schedule that code declares: name to fields.
+        self.periodic: dict[str, Mapping[str, Any]] = {}
+        #: What the configuration has put into Celery's beat_schedule; the rest of it is code's.
+        self.installed: dict[str, Any] = dict(settings.get("beat_schedule") or {})
+        #: What beat writes for a probe, if it is to.
+        self.beat_health_file: Path | None = None
+        self.propagation = Propagation(registry)
         #: What ``@task`` has declared and the application has registered, by name.
         self.declared: dict[str, Any] = {}
         super().__init__(
             registry.package_name,
             set_as_current=False,
             fixups=["ws_celery.lifecycle:PyramidFixup"],
+            loader="ws_celery.lifecycle:PyramidLoader",
             **options,
         )
-        self.config_from_object(dict(settings))
+        self.steps["consumer"].add("ws_celery.consumer:OnRedis")
+        self.on_after_configure.connect(_keep_at_hand)
+        self.config_from_object(settings)
 
     def connection_for_write(self, *args: Any, **options: Any) -> Any:
         """Return a connection for publishing, as in Celery; Redis is not waited for without end.
@@ -84,6 +121,7 @@ class PyramidCelery(Celery):
     def close(self) -> None:
         """Clean up after the application, as in Celery."""
         self.publisher.close()
+        self.locks.close()
         super().close()
 
     def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
@@ -91,23 +129,34 @@ class PyramidCelery(Celery):
 
         Every way of sending asks here. An explicit ``producer`` means "now"; beat passes one.
         """
-        if producer is None:
-            recorder = self.transactions.recorder(self, calling_request())
-            if recorder is not None:
-                return nullcontext(recorder)
+        if producer is None and (recorder := self.recorder()) is not None:
+            return nullcontext(recorder)
+        if self.eager is not None and not isinstance(producer, RecordingProducer):
+            return self.eager.producer()
         context: AbstractContextManager[Any] = super().producer_or_acquire(producer)
         return context
 
+    def recorder(self) -> RecordingProducer | None:
+        """Return what records for the transaction that a dispatch made now belongs to, if any."""
+        return self.transactions.recorder(self, calling_request())
+
     def publish(self, publications: Sequence[Publication]) -> None:
         """Hand what a committed transaction has recorded to the broker; see ``Publisher``."""
-        self.publisher.publish(publications)
+        if self.eager is not None:
+            self.eager.run(publications)
+            return
+        if self.outbox is not None:
+            publications = self.outbox.ready(publications)
+        if publications:
+            self.publisher.publish(publications)
 
     def send_task(
         self, name: str, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
     ) -> Any:
         """Send a task by name, as in Celery; adds the header that describes the calling request.
 
-        Options of the task's route that the call does not give are added, too.
+        Options of the task's route that the call does not give are added, too. Subscribers to
+        :class:`~ws_celery.events.BeforeDispatch` have the last word.
 
         :raises ArgumentNotSerializable: at once, if a value does not serialise.
         """
@@ -122,9 +171,35 @@ class PyramidCelery(Celery):
         headers = dict(options.pop("headers", None) or {})
         if HEADER not in headers and (description := self._describe_caller()):
             headers[HEADER] = description
-        serializer = options.get("serializer") or self.conf.task_serializer
-        with naming_the_argument(name, args, kwargs, serializer):
-            return super().send_task(name, args, kwargs, *starargs, headers=headers, **options)
+        options = {**dict(zip(_POSITIONAL, starargs, strict=False)), **options, "headers": headers}
+        self.before_dispatch(name, args, kwargs, options)
+        try:
+            with self._keeping_retries(options):
+                return super().send_task(name, args, kwargs, **options)
+        except EncodeError as error:
+            serializer = options.get("serializer") or self.conf.task_serializer
+            blame_argument(error, name, args, kwargs, serializer)
+            raise
+
+    def _keeping_retries(self, options: dict[str, Any]) -> AbstractContextManager[None]:
+        if self.outbox is None:
+            return nullcontext()
+        keeping: AbstractContextManager[None] = self.outbox.keeping_retries(
+            options["headers"], options.get("task_id")
+        )
+        return keeping
+
+    def before_dispatch(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+        """Let subscribers look at a call before its message is built, and change ``options``.
+
+        :raises Exception: what a subscriber raises, to stop the call.
+        """
+        if has_subscriber(self.registry, BeforeDispatch):
+            options["headers"] = dict(options.get("headers") or {})
+            event = BeforeDispatch(
+                self, calling_request(), name, tuple(args or ()), dict(kwargs or {}), options
+            )
+            self.registry.notify(event)
 
     def _routed(self, name: str) -> Mapping[str, Any]:
         if name in self._call_options:
@@ -135,16 +210,22 @@ class PyramidCelery(Celery):
     def _describe_caller(self) -> dict[str, Any] | None:
         request = calling_request()
         if request is not None:
-            return describe(request)
+            return self.propagation.describe(request)
         # A callback or the next task of a chain: its parent's run is over, its message is at hand.
         parent = self.current_worker_task
-        inherited: dict[str, Any] | None = (
-            (parent.request.headers or {}).get(HEADER) if parent else None
+        return description_of(parent.request) if parent else None
+
+    def backend_class(self) -> tuple[Any, str | None]:
+        """Return the class of the result backend, and its URL: one that is made may connect."""
+        if self.eager is not None:
+            return MemoryBackend, None
+        found: tuple[Any, str | None] = by_url(
+            self.backend_cls or self.conf.result_backend, self.loader
         )
-        return inherited
+        return found
 
     def _get_backend(self) -> Any:
-        backend = super()._get_backend()
+        backend = super()._get_backend() if self.eager is None else MemoryBackend(self)
         on_task_call = backend.on_task_call
 
         def unless_recording(producer: Any, task_id: str) -> None:
@@ -157,80 +238,21 @@ class PyramidCelery(Celery):
         return backend
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A spawned child is a fresh interpreter: it loads the application again.
-        return current_celery_app, ("the worker",)
+        return _in_spawned_child, ()
+
+    def bugreport(self) -> str:
+        """Return what ``ws-celery report`` prints, without passwords."""
+        return masked_text(super().bugreport())
 
 
-def get_celery_app(source: Any) -> PyramidCelery:
-    """Return the Celery app of a Pyramid registry, or of the registry of a request.
-
-    :param source: a registry, or anything that has one as its attribute ``registry``.
-    :raises NotIncluded: if the application does not include ws_celery.
-    """
-    registry = getattr(source, "registry", source)
-    app: PyramidCelery | None = registry.queryUtility(ICeleryApp)
-    if app is None:
-        raise NotIncluded
-    return app
+def _in_spawned_child() -> PyramidCelery:
+    """Load the application again, and its logging: the child is a fresh interpreter."""
+    if config_uri := os.environ.get(INI_VARIABLE):
+        set_up_logging(config_uri)
+    return current_celery_app("the worker")
 
 
-def current_celery_app(what: str = "celery_app") -> PyramidCelery:
-    """Return the Celery app of the application that the running code belongs to.
-
-    Tried in this order: the request passed to the call, or Pyramid's current request; Pyramid's
-    current registry; the only application loaded in this process; the INI named by the environment
-    variable ``WS_CELERY_INI``, which is loaded.
-
-    :param what: what needs the app, for the error message.
-    :raises NoCurrentApplication: if none or more than one is loaded.
-    """
-    request = calling_request()
-    if request is not None:
-        return get_celery_app(request)
-    return loaded_celery_app(what)
-
-
-def loaded_celery_app(what: str) -> PyramidCelery:
-    """Return the Celery app of the current registry, or of the only application that is loaded.
-
-    It is what is left to :func:`current_celery_app` without a request.
-
-    :param what: what needs the app, for the error message.
-    :raises NoCurrentApplication: if none or more than one is loaded.
-    """
-    current: Registry = threadlocals.get()["registry"]
-    loaded: list[Registry] = [current] if _includes_us(current) else []
-    loaded = loaded or [registry for registry in global_registries if _includes_us(registry)]
-    if not loaded and (config_uri := os.environ.get(INI_VARIABLE)):
-        loaded = [load_registry(config_uri)]
-    if len(loaded) != 1:
-        raise NoCurrentApplication(what, len(loaded))
-    return get_celery_app(loaded[0])
-
-
-def _includes_us(registry: Registry) -> bool:
-    return registry.queryUtility(ICeleryApp) is not None
-
-
-def load_registry(config_uri: str) -> Registry:
-    """Load the Pyramid application of an INI file and return its registry.
-
-    :param config_uri: what plaster takes: a path, with ``#name`` for another application than
-        ``main``.
-    """
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
-    variables = ini_variables()
-    if variables and isinstance(loader, PasteDeployLoader):
-        wsgi_app = _with_variables(loader, variables)
-    else:
-        wsgi_app = loader.get_wsgi_app(defaults=variables or None)
-    # Middleware around the application hides its registry.
-    return getattr(wsgi_app, "registry", None) or global_registries.last
-
-
-def _with_variables(loader: PasteDeployLoader, variables: Mapping[str, str]) -> Any:
-    # As plaster does it, but that [DEFAULT] does not beat what the command line says.
-    config = ConfigLoader(loader.uri.path)
-    config.update_defaults({key: value.replace("%", "%%") for key, value in variables.items()})
-    global_conf = {**loader.uri.options, **variables}
-    return config.get_app(loader.uri.fragment or "main", global_conf)
+def _keep_at_hand(source: Any, **_: Any) -> None:
+    # Celery looks for a default in three mappings under three names: a tenth of a dispatch. What
+    # was changed is found at once.
+    source.update({name: source[name] for name in _ASKED_OFTEN if name in source})

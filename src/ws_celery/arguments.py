@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from kombu.exceptions import EncodeError
@@ -12,28 +11,27 @@ from kombu.serialization import dumps
 
 from ws_celery.exceptions import ArgumentNotSerializable
 
-__all__ = ("naming_the_argument",)
+__all__ = ("blame_argument",)
 
 
-@contextmanager
-def naming_the_argument(
-    task: str, args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None, serializer: str | None
-) -> Iterator[None]:
-    """Let an error of the serialiser say which argument is to blame.
+def blame_argument(
+    error: EncodeError,
+    task: str,
+    args: Iterable[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    serializer: str | None,
+) -> None:
+    """Raise the error that says which argument is to blame for ``error``, if one is.
 
     :param serializer: its name; ``None`` for JSON.
     :raises ArgumentNotSerializable: an ``EncodeError``, too.
     """
-    try:
-        yield
-    except EncodeError as error:
-        serializer = serializer or "json"
-        named = {f"argument {number}": value for number, value in enumerate(args or (), 1)}
-        named.update({f"argument {name!r}": value for name, value in (kwargs or {}).items()})
-        for name, value in named.items():
-            for culprit in _culprits(value, serializer):
-                raise ArgumentNotSerializable(task, name, serializer, _advice(culprit)) from error
-        raise  # a link, or another part of the message
+    serializer = serializer or "json"
+    named = {f"argument {number}": value for number, value in enumerate(args or (), 1)}
+    named.update({f"argument {name!r}": value for name, value in (kwargs or {}).items()})
+    for name, value in named.items():
+        for culprit in _culprits(value, serializer):
+            raise ArgumentNotSerializable(task, name, serializer, _advice(culprit)) from error
 
 
 def _culprits(value: Any, serializer: str) -> Iterator[Any]:

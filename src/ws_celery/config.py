@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import plaster
 import transaction
-from pyramid.config import PHASE1_CONFIG, PHASE2_CONFIG, PHASE3_CONFIG, global_registries
+from pyramid.config import (
+    PHASE1_CONFIG,
+    PHASE2_CONFIG,
+    PHASE3_CONFIG,
+    Configurator,
+    global_registries,
+)
 from pyramid.events import NewRequest
 from pyramid.tweens import EXCVIEW
+from transaction.interfaces import NoTransaction
 from zope.interface import implementer
 
-from ws_celery.app import PyramidCelery, get_celery_app
-from ws_celery.declaration import CATEGORY, add_celery_task, add_imported_task
-from ws_celery.dispatch import raising_interruptions
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import get_celery_app
+from ws_celery.datamanager import raising_interruptions
+from ws_celery.declaration import (
+    CATEGORY,
+    add_celery_task,
+    add_imported_task,
+    add_periodic_task,
+)
+from ws_celery.derivers import add_task_deriver
 from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.interfaces import ICeleryApp, ICelerySource
+from ws_celery.interfaces import ICeleryApp, ICelerySource, IRequestPropagator
 from ws_celery.masking import masked
-from ws_celery.settings import Configuration, Setting, read_configuration
-from ws_celery.tasks import retry_attempts
+from ws_celery.plugins import wanted_plugins
+from ws_celery.propagation import Propagator
+from ws_celery.settings import Configuration, Setting, our_setting, read_configuration
+from ws_celery.transactional import retry_attempts
+from ws_celery.transactions import remember_transaction
 
 __all__ = ("eager_tween_factory", "includeme", "read_file")
 
@@ -31,12 +50,16 @@ __all__ = ("eager_tween_factory", "includeme", "read_file")
 def includeme(config: Any) -> None:
     """Give the application its own Celery app, configured by the ``[celery...]`` INI sections.
 
-    Adds the directives ``add_celery_task``, ``configure_celery`` and ``make_celery_app``, and
+    Adds the directives ``add_celery_task``, ``add_periodic_task``, ``add_task_deriver``,
+    ``add_request_propagator``, ``configure_celery`` and ``make_celery_app``, and
     ``request.celery_app``.
     Settings are read when the configuration is committed, so that the order of includes does not
     matter.
     """
     config.add_directive("add_celery_task", add_celery_task)
+    config.add_directive("add_task_deriver", add_task_deriver)
+    config.add_directive("add_periodic_task", add_periodic_task)
+    config.add_directive("add_request_propagator", add_request_propagator)
     config.add_directive("configure_celery", configure_celery)
     config.add_directive("make_celery_app", make_celery_app, action_wrap=False)
     config.add_request_method(get_celery_app, "celery_app", reify=True)
@@ -44,8 +67,9 @@ def includeme(config: Any) -> None:
     over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
     config.add_subscriber(_watch_transactions, NewRequest)
-    # The app before PHASE3, where tasks are registered; after it what only `imports` names.
+    # The app before PHASE3, where tasks are registered; after it what `imports` and plugins name.
     config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
+    config.action("celery parts", _include_parts, args=(config,), order=PHASE3_CONFIG - 1)
     config.action("celery imports", _scan_imports, args=(config,), order=PHASE3_CONFIG + 1)
 
 
@@ -62,22 +86,37 @@ def eager_tween_factory(handler: Any, registry: Any) -> Any:
 
     Without ``task_always_eager`` and ``task_eager_propagates`` there is no tween.
     """
-    conf = get_celery_app(registry).conf
-    if not (conf.task_always_eager and conf.task_eager_propagates):
+    app = get_celery_app(registry)
+    if app.eager is None or not app.conf.task_eager_propagates:
         return handler
 
     def eager_tween(request: Any) -> Any:
-        with raising_interruptions():
-            return handler(request)
+        with raising_interruptions() as errors:
+            try:
+                return handler(request)
+            finally:
+                if errors:
+                    _end_attempts(request)
 
     return eager_tween
+
+
+def _end_attempts(request: Any) -> None:
+    # The request has committed: pyramid_retry must not do its work again for the error of a task.
+    environ = request.environ
+    environ["retry.attempts"] = environ.get("retry.attempt", 0) + 1
 
 
 def _watch_transactions(event: NewRequest) -> None:
     # The thread's manager outlives the request: tell what was begun for it from what is left over.
     environ = event.request.environ
     begun = environ.get("tm.manager") is transaction.manager or "repoze.tm.active" in environ
-    get_celery_app(event.request).transactions.watch(transaction.manager, begun=begun)
+    app = get_celery_app(event.request)
+    app.transactions.watch(transaction.manager, begun=begun)
+    if manager := environ.get("tm.manager"):
+        with suppress(NoTransaction):
+            manager.get().set_data(ICeleryApp, app)  # see current_celery_app()
+            remember_transaction(event.request, manager)
 
 
 def configure_celery(config: Any, config_uri: str | None = None, **overrides: Any) -> None:
@@ -103,6 +142,37 @@ def configure_celery(config: Any, config_uri: str | None = None, **overrides: An
     )
 
 
+def add_request_propagator(
+    config: Any,
+    name: str,
+    capture: Callable[[Any], Any] | str,
+    restore: Callable[[Any, Any], None] | str,
+) -> None:
+    """Add something that can travel with a task; ``ws_celery.propagate`` switches it on.
+
+    :param name: its name in the setting and in the message header; ``locale``, ``request_id`` or
+        ``user`` takes the place of what ws_celery has under this name.
+    :param capture: called with the request of each dispatch, or its dotted name: returns a JSON
+        value, or ``None`` for nothing.
+    :param restore: called with the request of the task and the value, before the task runs.
+    :raises ConfigurationError: if the name cannot stand in the setting.
+    """
+    if name == "url" or not re.fullmatch(r"[^\W\d]\w*", name):
+        raise ConfigurationError(
+            f"add_request_propagator({name!r}): expected a name of letters, digits and "
+            "underscores other than url. Call it tenant, for example."
+        )
+    propagator = Propagator(config.maybe_dotted(capture), config.maybe_dotted(restore))
+    introspectable = config.introspectable("request propagators", name, name, "request propagator")
+    introspectable["propagator"] = propagator
+    config.action(
+        ("request propagator", name),
+        partial(config.registry.registerUtility, propagator, IRequestPropagator, name),
+        order=PHASE1_CONFIG,
+        introspectables=(introspectable,),
+    )
+
+
 @implementer(ICelerySource)
 @dataclass(frozen=True)
 class _Source:
@@ -124,14 +194,37 @@ def _register_celery_app(config: Any) -> None:
             _introspect(config, row)
 
 
+#: Parts that a setting of their name switches on, and the attribute of the app that each sets.
+_PARTS = {"ws_celery.outbox": "outbox", "ws_celery.beat": "schedule"}
+
+
+def _include_parts(config: Any) -> None:
+    """Include the parts that settings ask for and the application has not included."""
+    app = get_celery_app(config.registry)
+    # At once: an action that is added while others are executed makes Pyramid stumble.
+    at_once = Configurator(registry=config.registry, autocommit=True)
+    for part, attribute in _PARTS.items():
+        wanted = our_setting(config.registry.settings, part, default=False)
+        if wanted and getattr(app, attribute) is None:
+            at_once.include(part)
+
+
 def _scan_imports(config: Any) -> None:
     app = get_celery_app(config.registry)
-    add = partial(add_imported_task, config)
     for module in (*app.conf.imports, *app.conf.include):
         try:
-            config.scan(module, categories=(CATEGORY,), add_celery_task=add)
+            _scan(config, module)
         except ModuleNotFoundError as error:
             raise _not_found(app.configuration, error) from error
+    for plugin in wanted_plugins(config.registry.settings):
+        with plugin.blamed():
+            for module in plugin.modules():
+                _scan(config, module, plugin.distribution)
+
+
+def _scan(config: Any, module: str, plugin: str | None = None) -> None:
+    add = partial(add_imported_task, config, plugin=plugin)
+    config.scan(module, categories=(CATEGORY,), add_celery_task=add)
 
 
 def _read(registry: Any) -> Configuration:

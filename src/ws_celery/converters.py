@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ("Refused", "json_value", "nearest", "period", "untyped")
+__all__ = ("Refused", "json_value", "moment", "nearest", "period", "untyped", "utc")
 
 #: Longer than any name, and short enough to be compared with all of them.
 _LONGEST_NAME = 80
@@ -100,3 +101,29 @@ def period(text: str) -> float | None:
     if not match or not any(match.groups()):
         return None
     return sum(float(match[unit] or 0) * seconds for unit, seconds in _UNITS.items())
+
+
+def moment(text: str) -> datetime:
+    """Return the time that an ISO 8601 text says, with its offset if it has one.
+
+    :raises Refused: if it is none.
+    """
+    try:
+        # Python 3.10 does not know the Z.
+        found = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text.strip()))
+    except ValueError:
+        raise Refused("is no time such as 2027-01-31T09:00+01:00") from None
+    if found.utcoffset() is not None:
+        utc(found)
+    return found
+
+
+def utc(time: datetime) -> datetime:
+    """Return a time that has an offset in UTC.
+
+    :raises Refused: if the calendar ends between here and there.
+    """
+    try:
+        return time.astimezone(timezone.utc)
+    except OverflowError:
+        raise Refused("is not within the years 1 to 9999 in UTC") from None

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import partial, update_wrapper
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import update_wrapper
+from itertools import chain, islice
 from typing import Any, overload
 
 import venusian
 from celery import Task
 from celery.local import Proxy
+from celery.result import GroupResult
 
-from ws_celery.app import PyramidCelery, current_celery_app, get_celery_app
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import current_celery_app, get_celery_app
+from ws_celery.beat.sources import declare
+from ws_celery.bulk import split_call
+from ws_celery.derivers import check_options, derive, task_derivers
 from ws_celery.exceptions import ConfigurationError, TaskNotRegistered
+from ws_celery.locks import apply_option, check_rule
+from ws_celery.masking import masked
 from ws_celery.request import calling, split_request
-from ws_celery.tasks import TransactionalTask
+from ws_celery.transactional import TransactionalTask
 
 __all__ = (
     "CATEGORY",
     "TaskProxy",
     "add_celery_task",
     "add_imported_task",
+    "add_periodic_task",
     "celery_app",
     "task",
 )
@@ -34,16 +44,17 @@ class TaskProxy:
 
     Nothing is registered until an application scans the module. Each use looks the task up: in the
     application of the request that is passed, else in the current one (see
-    :func:`ws_celery.app.current_celery_app`).
+    :func:`ws_celery.applications.current_celery_app`).
 
     :param target: the function, or a task class with a ``run(self, request, ...)``.
-    :param options: options of the task, as :meth:`celery.Celery.task` takes them.
+    :param options: options of the task, as :meth:`celery.Celery.task` takes them, and
+        ``one_instance``.
     """
 
     def __init__(self, target: Callable[..., Any], options: dict[str, Any]) -> None:
         update_wrapper(self, target, updated=())
-        self._target = target
-        self._options = options
+        self._options = dict(options)
+        self._target = apply_option(target, self._options.pop("one_instance", None))
 
     @property
     def name(self) -> str:
@@ -56,12 +67,37 @@ class TaskProxy:
         """Module and name of what is declared, for messages."""
         return f"{self._target.__module__}.{self._target.__name__}"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the task, as ``@task`` was given them."""
+        return dict(self._options)
+
+    @property
+    def base(self) -> type[Task]:
+        """The class of the task."""
+        if inspect.isclass(self._target):
+            return self._target
+        base: type[Task] = self._options.get("base") or TransactionalTask
+        return base
+
     def register(self, app: PyramidCelery) -> Task:
-        """Make the task of ``app``, and return it."""
+        """Make the task of ``app``, and return it.
+
+        :raises ConfigurationError: if nobody would read one of its options.
+        """
+        check_options(self.name, self._target, self.base, self._options, app)
+        made = self._make(app)
+        check_rule(made)
+        derive(made, self._target, self._options)
         app.declared[self.name] = self
+        if self._options.get("schedule") is not None:
+            declare(app, self.name, self.name, self._options["schedule"])
+        return made
+
+    def _make(self, app: PyramidCelery) -> Task:
         options = {**self._options, "name": self.name}
         if not inspect.isclass(self._target):
-            options.setdefault("base", TransactionalTask)
+            options["base"] = self.base
             return app.task(self._target, lazy=False, shared=False, **options)
         # A class of its own for each app: Celery keeps the app on the class.
         namespace = {**options, "__module__": self.__module__, "__doc__": self.__doc__}
@@ -77,6 +113,17 @@ class TaskProxy:
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Dispatch with options; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).apply_async(args, kwargs, **options)
+
+    def delay_many(self, calls: Iterable[Sequence[Any]]) -> GroupResult:
+        """Dispatch once for each tuple of arguments; see :meth:`RequestAwareTask.delay_many`."""
+        return self.apply_async_many((args, None) for args in calls)
+
+    def apply_async_many(self, calls: Iterable[tuple[Any, Any]], **options: Any) -> GroupResult:
+        """Dispatch once for each call; see :meth:`RequestAwareTask.apply_async_many`."""
+        remaining = iter(calls)
+        first = list(islice(remaining, 1))
+        task = self._of(*split_call(self.name, 0, first[0])) if first else self._of((), {})
+        return task.apply_async_many(chain(first, remaining), **options)
 
     def delay_on_commit(self, *args: Any, **kwargs: Any) -> Any:
         """Do what :meth:`delay` does; see :meth:`RequestAwareTask.delay_on_commit`."""
@@ -117,6 +164,7 @@ def task(*args: Any, **options: Any) -> Any:
 
     ``@task`` or ``@task(...)``, on a function or on a task class. Options are those of
     :meth:`celery.Celery.task`; ``base`` is :class:`TransactionalTask` if not given.
+    ``one_instance`` is ``True``, a key, or a dictionary of arguments of :func:`one_instance`.
 
     :return: a :class:`TaskProxy`.
     """
@@ -136,8 +184,11 @@ def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
 
 def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
     # Not the directive: config.scan() may come before the include.
-    add = getattr(scanner, "add_celery_task", None) or partial(add_celery_task, scanner.config)
-    add(proxy)
+    add = getattr(scanner, "add_celery_task", None)
+    if add is not None:
+        add(proxy)
+    else:
+        _add(scanner.config, proxy, "config.scan")
 
 
 def add_celery_task(
@@ -149,22 +200,56 @@ def add_celery_task(
         ``@task`` takes them.
     """
     declared = target if isinstance(target, TaskProxy) else TaskProxy(target, options)
+    _add(config, declared, "config.add_celery_task")
+
+
+def _add(config: Any, declared: TaskProxy, origin: str) -> None:
+    introspectable = _introspectable(config, declared, origin)
 
     def register() -> None:
         app = get_celery_app(config.registry)
         if app.declared.get(declared.name) is not declared:
             declared.register(app)
+        _relate(config, introspectable)
 
-    introspectables = (_introspectable(config, declared),)
-    config.action(("celery task", declared.name), register, introspectables=introspectables)
+    config.action(("celery task", declared.name), register, introspectables=(introspectable,))
 
 
-def add_imported_task(config: Any, declared: TaskProxy) -> None:
-    """Register a task that ``imports`` names, unless ``config.scan()`` has found it already.
+def add_periodic_task(
+    config: Any, task: Any, schedule: Any, name: str | None = None, **fields: Any
+) -> None:
+    """Let a task run at its times: a directive.
+
+    INI and database can change it; see ``docs/schedules.rst``.
+
+    :param task: what ``@task`` left, a task of Celery, or the name of a task.
+    :param schedule: Celery's schedule, a ``timedelta``, seconds, a text (a crontab, or a period
+        such as ``1h``), or a mapping of the keys that ``[celerybeat:NAME]`` has.
+    :param name: of the entry; that of the task if not given.
+    :param fields: more of these keys: ``args``, ``kwargs``, ``options``, ``overlap``.
+    :raises pyramid.exceptions.ConfigurationConflictError: when the configuration is committed, if
+        another call has declared an entry of this name.
+    """
+    task_name = task if isinstance(task, str) else task.name
+    name = name or task_name
+    introspectable = config.introspectable(
+        "celery periodic tasks", name, name, "celery periodic task"
+    )
+    introspectable.update(name=name, task=task_name, schedule=schedule, fields=masked("", fields))
+
+    def register() -> None:
+        declare(get_celery_app(config.registry), name, task_name, schedule, **fields)
+
+    config.action(("celery periodic task", name), register, introspectables=(introspectable,))
+
+
+def add_imported_task(config: Any, declared: TaskProxy, plugin: str | None = None) -> None:
+    """Register a task that ``imports`` or a plugin names, unless ``config.scan()`` has found it.
 
     It is no action: one that is added while others are executed makes Pyramid stumble over actions
     of an earlier phase that were overridden.
 
+    :param plugin: the distribution that brings it.
     :raises ConfigurationError: if another task has its name.
     """
     app = get_celery_app(config.registry)
@@ -172,20 +257,52 @@ def add_imported_task(config: Any, declared: TaskProxy) -> None:
     if other is None:
         declared.register(app)
         if config.introspection:
-            _introspectable(config, declared).register(config.introspector, config.action_info)
+            origin = "plugin" if plugin else "imports"
+            introspectable = _introspectable(config, declared, origin, plugin)
+            _relate(config, introspectable)
+            introspectable.register(config.introspector, config.action_info)
     elif other is not declared:
+        where = f"The plugin {plugin}" if plugin else "[celery] imports"
         raise ConfigurationError(
-            f"[celery] imports: {other.target} and {declared.target} are both tasks called "
+            f"{where}: {other.target} and {declared.target} are both tasks called "
             f"{declared.name!r}. Give one of them another name."
         )
 
 
-def _introspectable(config: Any, declared: TaskProxy) -> Any:
+def _introspectable(
+    config: Any, declared: TaskProxy, origin: str, plugin: str | None = None
+) -> Any:
     introspectable = config.introspectable(
         "celery tasks", declared.name, repr(declared), "celery task"
     )
-    introspectable["task"] = declared
+    introspectable.update(
+        task=declared,
+        name=declared.name,
+        target=declared.target,
+        base=declared.base,
+        options=declared.options,
+        origin=origin,
+        plugin=plugin,
+    )
     return introspectable
+
+
+def _relate(config: Any, introspectable: Any) -> None:
+    """Relate a task to its derivers, routes and schedule entries, which are registered already."""
+    name = introspectable["name"]
+    for deriver, _ in task_derivers(config.registry):
+        introspectable.relate("celery task derivers", deriver)
+    for each in _configured(config, "celery routes"):
+        if fnmatchcase(name, each.discriminator):
+            introspectable.relate(each.category_name, each.discriminator)
+    for each in _configured(config, "celery schedule entries"):
+        if each["value"]["task"] == name:
+            introspectable.relate(each.category_name, each.discriminator)
+
+
+def _configured(config: Any, category: str) -> list[Any]:
+    found = config.introspector.get_category(category, default=())
+    return [each["introspectable"] for each in found]
 
 
 class _CurrentCeleryApp(Proxy):

@@ -1,50 +1,40 @@
 """Deferred dispatch: what is published in a transaction is recorded, and leaves when it commits.
 
-The ways in are :class:`Transactions`, which tells whether a transaction that somebody will finish
-is open, and :class:`RecordingProducer`, which stands in for kombu's producer while one is. Between
-them a :class:`DispatchDataManager` has joined the transaction, so that aborts and savepoints are
-obeyed without anybody calling us.
+The way in is :class:`RecordingProducer`, which stands in for kombu's producer while a transaction
+is open that somebody will finish. What it keeps belongs to a
+:class:`~ws_celery.datamanager.DispatchDataManager`, which has joined that transaction.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from uuid import UUID
 
-import transaction
 from kombu import Connection, Producer
-from kombu.serialization import dumps
-from transaction.interfaces import (
-    IDataManagerSavepoint,
-    ISavepointDataManager,
-    ISynchronizer,
-)
-from zope.interface import implementer
+from kombu.serialization import dumps, loads
 
-from ws_celery.eager import DeferredResult, EagerCall
-from ws_celery.sessions import open_session, open_transactions, tell_rollbacks
+from ws_celery.delays import delay_anew
+from ws_celery.envelope import freeze_envelope
 
 __all__ = (
-    "DispatchDataManager",
+    "ROW_HEADER",
     "Publication",
     "RecordingProducer",
-    "Transactions",
+    "held_publications",
+    "holding",
     "immediately",
-    "raising_interruptions",
+    "is_immediate",
 )
 
-log = logging.getLogger(__name__)
+#: Name of the message header with the id of the row that the message has in the outbox.
+ROW_HEADER = "ws_celery_outbox"
+
+_held: ContextVar[list[Any] | None] = ContextVar("ws_celery_held", default=None)
 
 _immediate: ContextVar[bool] = ContextVar("ws_celery_immediate", default=False)
-
-_interruptions: ContextVar[list[BaseException] | None] = ContextVar(
-    "ws_celery_interruptions", default=None
-)
 
 
 @contextmanager
@@ -62,45 +52,57 @@ def immediately() -> Iterator[None]:
         _immediate.reset(token)
 
 
-@contextmanager
-def raising_interruptions() -> Iterator[None]:
-    """Raise what has interrupted the hooks of a commit that was made inside.
+def is_immediate() -> bool:
+    """Tell whether the code runs inside :func:`immediately`."""
+    return _immediate.get()
 
-    The ``transaction`` package swallows whatever an after-commit hook raises: a time limit, a
-    signal to end the process, and the error of an eager task.
-    """
-    caught: list[BaseException] = []
-    token = _interruptions.set(caught)
+
+@contextmanager
+def holding() -> Iterator[list[Any]]:
+    """Keep what is sent inside, whatever transaction is open; the caller sends it."""
+    held: list[Any] = []
+    token = _held.set(held)
     try:
-        yield
+        yield held
     finally:
-        _interruptions.reset(token)
-    if caught:
-        raise caught[0]
+        _held.reset(token)
 
 
-@contextmanager
-def _told_to_caller() -> Iterator[None]:
-    try:
-        yield
-    except BaseException as interruption:
-        caught = _interruptions.get()
-        if caught is not None:
-            caught.append(interruption)
-        elif isinstance(interruption, Exception):
-            log.exception("The transaction has committed, but what follows it has failed")
-        else:
-            raise
+def held_publications() -> list[Any] | None:
+    """Return what :func:`holding` keeps around the running code; ``None`` outside of it."""
+    return _held.get()
 
 
-@dataclass(frozen=True)
 class Publication:
-    """One message: the serialised body, and the options of :meth:`kombu.Producer.publish`."""
+    """One message, as :meth:`kombu.Producer.publish` takes it.
 
-    payload: str | bytes
-    options: dict[str, Any]
-    #: The transactions and savepoints of SQLAlchemy in which it was dispatched.
-    session_transactions: tuple[Any, ...] = ()
+    :param payload: the serialised body.
+    :param options: of the publish.
+    """
+
+    __slots__ = ("_options", "anonymous", "payload", "row_id", "session_transactions", "waits")
+
+    def __init__(self, payload: str | bytes, options: dict[str, Any]) -> None:
+        self.payload = payload
+        self._options = options
+        #: The transactions and savepoints of SQLAlchemy in which it was dispatched.
+        self.session_transactions: tuple[Any, ...] = ()
+        #: Id of the row that it has in the outbox.
+        self.row_id: UUID | None = None
+        #: Whether the message does not tell its row: another program has an outbox of its own.
+        self.anonymous = False
+        #: Whether it waits in the outbox for its eta, not in a worker's memory.
+        self.waits = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the publish."""
+        return self._options
+
+    @property
+    def declare(self) -> Sequence[Any]:
+        """What has to be declared before the publish: queues and exchanges."""
+        return self._options.get("declare") or ()
 
     @property
     def task_id(self) -> str | None:
@@ -112,24 +114,46 @@ class Publication:
         """Name of the task, or ``None`` for an event that travels along."""
         return self._header("task")
 
+    @property
+    def call(self) -> tuple[Any, Any] | None:
+        """The ``args`` and ``kwargs`` of the call; ``None`` if they cannot be read."""
+        kind = self.options.get("content_type"), self.options.get("content_encoding")
+        try:
+            args, kwargs, _ = loads(self.payload, *kind, accept={kind[0]})  # our own
+        except Exception:  # noqa: BLE001 - serialisers raise anything
+            return None
+        return args, kwargs
+
+    @property
+    def told_arguments(self) -> tuple[Any, Any]:
+        """The arguments as Celery shows them in logs: cut short, or what the call gave instead."""
+        return self._header("argsrepr"), self._header("kwargsrepr")
+
     def _header(self, name: str) -> Any:
         return (self.options.get("headers") or {}).get(name)
 
     def publish(self, producer: Producer, **overrides: Any) -> None:
         """Hand the message to the broker."""
-        producer.publish(self.payload, **{**self.options, **overrides})
+        options = {**self.options, **overrides}
+        delay_anew(options)
+        if self.row_id is not None and not self.anonymous:
+            options["headers"] = {**options["headers"], ROW_HEADER: str(self.row_id)}
+        producer.publish(self.payload, **options)
 
 
 class RecordingProducer:
     """Takes kombu's place while a transaction is open: ``publish()`` keeps instead of sending.
 
-    The body is serialised at the call, so that changing an argument afterwards changes nothing and
-    a value that does not serialise fails where the caller can see it. Routing, headers and signals
+    The body is serialised at the call and the headers are copied, so that changing an argument
+    afterwards changes nothing and a value that does not serialise fails where the caller can see
+    it. Routing, headers and signals
     have happened by then: Celery and its instrumentations do them before they publish.
 
     :param connection: the connection that the message will leave by; it is never opened here.
     :param publications: where to keep what is published.
     :param session_transactions: what is open in the request's SQLAlchemy session.
+    :param request: the request on whose behalf it is published.
+    :param admit: is told of messages and the request before they are kept, and may refuse them.
     """
 
     #: No serializer of its own: Celery passes the task's with every message.
@@ -138,194 +162,27 @@ class RecordingProducer:
     def __init__(
         self,
         connection: Connection,
-        publications: MutableSequence[Publication | EagerCall],
+        publications: MutableSequence[Publication],
         session_transactions: tuple[Any, ...] = (),
+        request: Any = None,
+        admit: Callable[[Sequence[Publication], Any], None] | None = None,
     ) -> None:
         self.connection = connection
+        self.session_transactions = session_transactions
+        self.request = request
         self._publications = publications
-        self._session_transactions = session_transactions
+        self._admit = admit
 
     def publish(self, body: Any, *, serializer: str | None = None, **options: Any) -> None:
         content_type, content_encoding, payload = dumps(body, serializer=serializer)
         options.update(content_type=content_type, content_encoding=content_encoding)
-        self._publications.append(Publication(payload, options, self._session_transactions))
+        freeze_envelope(options, self.connection.transport.driver_type)
+        self.record([Publication(payload, options)])
 
-    def defer(self, run: Callable[[], Any], result: DeferredResult) -> DeferredResult:
-        """Let ``run`` be called after the commit, and settle ``result``; returns it."""
-        self._publications.append(EagerCall(run, result, self._session_transactions))
-        return result
-
-
-@implementer(IDataManagerSavepoint)
-class _Savepoint:
-    def __init__(self, publications: MutableSequence[Publication | EagerCall]) -> None:
-        self._publications = publications
-        self._length = len(publications)
-
-    def rollback(self) -> None:
-        del self._publications[self._length :]
-
-
-@implementer(ISavepointDataManager)
-class DispatchDataManager:
-    """Holds what one transaction has dispatched to one Celery app.
-
-    It only keeps the list: publishing is the after-commit hook's, because ``tpc_finish`` may
-    precede another manager's commit, and an error there would reach the caller of a transaction
-    that has committed.
-
-    :param app: the Celery app whose broker the publications are for.
-    :param txn: the transaction to join.
-    """
-
-    def __init__(self, app: Any, txn: Any) -> None:
-        #: The interface wants the name; the transaction itself is told by the calls.
-        self.transaction_manager: Any = None
-        self.publications: list[Publication | EagerCall] = []
-        self._app = app
-        txn.addAfterCommitHook(self._after_commit, (txn,))
-        try:
-            txn.join(self)
-        except ValueError:
-            # The transaction is committing already (a listener of its own flush dispatches). No
-            # savepoint can come any more, so that the hook alone is enough.
-            log.debug("dispatch during the commit of %r", txn)
-
-    def _after_commit(self, committed: bool, txn: Any) -> None:
-        if not committed:
-            return
-        messages = [item for item in self.publications if isinstance(item, Publication)]
-        calls = [item for item in self.publications if isinstance(item, EagerCall)]
-        if messages:
-            with _told_to_caller():
-                self._app.publish(messages)
-        for call in calls:
-            with _told_to_caller():
-                call.perform(txn)
-
-    def abort(self, txn: Any) -> None:
-        self.publications.clear()
-        # A rolled-back savepoint aborts and unjoins a manager that joined after it: a later
-        # dispatch has to join anew, or its messages would be lost.
-        txn.set_data(self._app, None)
-
-    def rolled_back(self, session_transaction: Any) -> None:
-        """Drop what was dispatched in a transaction or savepoint of SQLAlchemy that is undone."""
-        self.publications[:] = [
-            publication
-            for publication in self.publications
-            if session_transaction not in publication.session_transactions
-        ]
-
-    def savepoint(self) -> _Savepoint:
-        return _Savepoint(self.publications)
-
-    def sortKey(self) -> str:  # noqa: N802 - the name is the interface's
-        # Below "~sqlalchemy", whose one-phase manager commits in tpc_vote.
-        return f"ws_celery:{id(self)}"
-
-    def tpc_begin(self, txn: Any) -> None:
-        """Nothing to prepare."""
-
-    def commit(self, txn: Any) -> None:
-        """Nothing to write."""
-
-    def tpc_vote(self, txn: Any) -> None:
-        """Nothing that could still fail."""
-
-    def tpc_finish(self, txn: Any) -> None:
-        """Published by the after-commit hook."""
-
-    def tpc_abort(self, txn: Any) -> None:
-        self.abort(txn)
-
-
-@implementer(ISynchronizer)
-class _BeginSynchronizer:
-    """Remembers the transaction that ``begin()`` opened: an implicit ``get()`` does not call it."""
-
-    def __init__(self) -> None:
-        self.begun: ref[Any] | None = None
-
-    def newTransaction(self, txn: Any) -> None:  # noqa: N802 - the name is the interface's
-        self.begun = ref(txn)
-
-    def beforeCompletion(self, txn: Any) -> None:  # noqa: N802 - the name is the interface's
-        """Dispatch goes on until the transaction is complete."""
-
-    def afterCompletion(self, txn: Any) -> None:  # noqa: ARG002, N802 - as the interface has it
-        self.begun = None
-
-
-class Transactions:
-    """Tells which transaction, if any, a dispatch belongs to: one that somebody will finish.
-
-    That is one begun explicitly (``begin()``, ``with manager:``, pyramid_tm), never one that
-    ``manager.get()`` made in passing. The first sight of a manager that is in a transaction already
-    counts as begun, because an explicit manager has no other kind; the thread-local manager is
-    watched from the start of each request and task run.
-    """
-
-    def __init__(self) -> None:
-        # Strong references: a manager keeps its synchronizers weakly.
-        self._synchronizers: WeakKeyDictionary[Any, _BeginSynchronizer] = WeakKeyDictionary()
-
-    def watch(self, manager: Any, *, begun: bool) -> _BeginSynchronizer:
-        """Watch ``manager`` from now on.
-
-        :param begun: at first sight, whether a transaction that it is in was begun explicitly.
-        """
-        manager = _of_this_thread(manager)
-        synchronizer = self._synchronizers.get(manager)
-        if synchronizer is None:
-            synchronizer = self._synchronizers[manager] = _BeginSynchronizer()
-            manager.registerSynch(synchronizer)
-            if not begun:
-                synchronizer.begun = None
-        return synchronizer
-
-    def begun(self, manager: Any) -> Any:
-        """Return the open transaction of ``manager`` that somebody will finish, or ``None``."""
-        reference = self.watch(manager, begun=True).begun
-        return None if reference is None else reference()
-
-    def current(self, request: Any) -> Any:
-        """Return the transaction that a dispatch on behalf of ``request`` belongs to, or ``None``.
-
-        The request's own manager comes first, then the thread-local one.
-        """
-        manager = getattr(request, "tm", None)
-        if manager is not None and (txn := self.begun(manager)) is not None:
-            return txn
-        return self.begun(transaction.manager)
-
-    def recorder(self, app: Any, request: Any) -> RecordingProducer | None:
-        """Return what records for the current transaction, or ``None``: send at once."""
-        if _immediate.get() or (txn := self.current(request)) is None:
-            return None
-        try:
-            data_manager = txn.data(app)
-        except KeyError:
-            data_manager = None
-        if data_manager is None:
-            data_manager = DispatchDataManager(app, txn)
-            txn.set_data(app, data_manager)
-        return RecordingProducer(
-            app.producer_pool.connections.connection,
-            data_manager.publications,
-            _watch_session(app, request, data_manager),
-        )
-
-
-def _watch_session(app: Any, request: Any, data_manager: DispatchDataManager) -> tuple[Any, ...]:
-    """Listen to the request's session; return its open transactions."""
-    session = open_session(request, app.registry.settings.get("ws_celery.dbsession", "dbsession"))
-    if session is None:
-        return ()
-    tell_rollbacks(session, data_manager)
-    return open_transactions(session)
-
-
-def _of_this_thread(manager: Any) -> Any:
-    # transaction.manager is a threading.local around one real manager for each thread.
-    return getattr(manager, "manager", manager)
+    def record(self, publications: Sequence[Publication]) -> None:
+        """Keep what is serialised already."""
+        if self._admit is not None:
+            self._admit(publications, self.request)
+        for publication in publications:
+            publication.session_transactions = self.session_transactions
+            self._publications.append(publication)

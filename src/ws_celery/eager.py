@@ -1,85 +1,174 @@
-"""Tasks that run in the calling process (``task_always_eager``): after the commit all the same."""
+"""Eager mode (``task_always_eager``): what would be sent runs in the calling process.
+
+Celery's own eager mode calls functions: nothing is serialised, canvases run in the middle of the
+caller's transaction, and ``send_task`` sends all the same. So Celery is not told. It builds its
+messages as ever, and they run when they would have left, as a worker runs them. The test kit runs
+what it has captured by the same means.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import Context as Variables
+from threading import local
+from typing import TYPE_CHECKING, Any
 
 import transaction
+from billiard.einfo import ExceptionInfo
 from celery import states
-from celery.result import EagerResult
+from celery.app.trace import build_tracer
+from celery.backends.cache import CacheBackend
+from celery.exceptions import Ignore, Reject, Retry
+from celery.worker.request import Request as WorkerRequest
+from kombu import Message
+from kombu.serialization import dumps, loads, prepare_accept_content
+from pyramid.registry import Registry
+from pyramid.threadlocal import manager as threadlocals
 
-from ws_celery.exceptions import NotRunYet
+from ws_celery.dispatch import Publication, RecordingProducer
+from ws_celery.exceptions import NotRunYet, TaskNotRegistered
 
-__all__ = ("DeferredResult", "EagerCall")
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
+__all__ = ("EagerWorker", "MemoryBackend", "perform", "received")
 
 
-class DeferredResult(EagerResult):
-    """The result of a task that runs when the transaction commits: ``PENDING`` until then.
+class EagerWorker:
+    """Runs messages in the thread that sends them.
 
-    If the transaction aborts it stays so.
+    It does one after the other, as a worker with one process does: what a run sends, and its retry,
+    runs when that run is over.
+
+    :param app: the Celery app that sends them.
     """
 
-    def __init__(self, task_id: str, name: str) -> None:
-        super().__init__(task_id, None, states.PENDING, name=name)
+    def __init__(self, app: PyramidCelery) -> None:
+        self._app = app
+        self._thread = local()
 
-    def settle(self, result: EagerResult) -> None:
-        """Take over the result of the run."""
-        self._result, self._state = result.result, result.state
-        self._traceback = result.traceback
+    @contextmanager
+    def producer(self) -> Iterator[RecordingProducer]:
+        """Hand out a producer whose messages run when whoever has asked for it has done."""
+        publications: list[Publication] = []
+        yield RecordingProducer(self._app.producer_pool.connections.connection, publications)
+        self.run(publications)
 
-    def ready(self) -> bool:
-        """Tell whether the task has run."""
-        return self._state in states.READY_STATES
+    def run(self, publications: Iterable[Publication]) -> None:
+        """Run messages, and what they send in turn; in a run, leave them to the worker.
 
-    def get(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the task has returned, or raise what it has raised.
-
-        :raises NotRunYet: before the commit: nothing could be waited for.
+        :raises TaskNotRegistered: if a task is another program's; the others have run.
+        :raises Exception: the first error of a task, with ``task_eager_propagates``; likewise.
         """
-        if not self.ready():
-            raise NotRunYet(self.name, self.id)
-        return super().get(*args, **kwargs)
+        waiting = getattr(self._thread, "waiting", None)
+        if waiting is not None:
+            waiting.extend(publications)
+            return
+        self._thread.waiting = waiting = deque(publications)
+        try:
+            errors = self._run_all(waiting)
+        finally:
+            del self._thread.waiting
+        if errors:
+            raise errors[0]
 
-    wait = get
+    def _run_all(self, waiting: deque[Publication]) -> list[Exception]:
+        errors = []
+        while waiting:
+            publication = waiting.popleft()
+            try:
+                if publication.task_id is not None:  # no event that travels along
+                    self._run(received(self._app, publication))
+            except Exception as error:  # noqa: BLE001 - the next message is not to blame
+                errors.append(error)
+        return errors
+
+    def _run(self, request: WorkerRequest) -> None:
+        propagates = self._app.conf.task_eager_propagates
+        # The result has the error, and Celery has logged it.
+        with suppress(*(Ignore, Reject, Retry) if propagates else (Exception,)):
+            # An empty context, as in a worker: no calling request, no immediately().
+            Variables().run(perform, self._app, request)
 
 
-@dataclass(frozen=True)
-class EagerCall:
-    """A call that waits for the commit among the publications of its transaction."""
+class MemoryBackend(CacheBackend):
+    """Keeps results in the memory of the process: the last 5000, for all applications.
 
-    run: Callable[[], EagerResult]
-    result: DeferredResult
-    session_transactions: tuple[Any, ...] = ()
+    Nobody waits for one: whoever could make it is the thread that asks.
 
-    @property
-    def task_id(self) -> str:
-        """Id of the task."""
-        return self.result.id
+    :param app: the Celery app.
+    """
 
-    @property
-    def task_name(self) -> str:
-        """Name of the task."""
-        return self.result.name
+    supports_native_join = False  # it would wait
 
-    def perform(self, txn: Any) -> None:
-        """Run the task in a transaction of its own, while ``txn``, committed, is put aside."""
-        with _put_aside(txn):
-            self.result.settle(self.run())
+    def __init__(self, app: PyramidCelery) -> None:
+        super().__init__(app=app, url="memory://")
+
+    def wait_for(self, task_id: str, **_: Any) -> Any:
+        """Return what is kept of a task that has run.
+
+        :raises NotRunYet: if it has not.
+        """
+        found = self.get_task_meta(task_id)
+        if found["status"] not in states.READY_STATES:
+            raise NotRunYet(task_id)
+        return found
+
+
+def received(app: PyramidCelery, publication: Publication) -> WorkerRequest:
+    """Take a message through all that it goes through between two processes.
+
+    :raises TaskNotRegistered: if the task is another program's.
+    """
+    if publication.task_name not in app.tasks:
+        raise TaskNotRegistered(str(publication.task_name))
+    options = publication.options
+    content_type, encoding, headers = dumps(options["headers"], serializer="json")
+    message = Message(
+        body=publication.payload,
+        content_type=options["content_type"],
+        content_encoding=options["content_encoding"],
+        headers=loads(headers, content_type, encoding, accept={content_type}),
+        properties={key: options.get(key) for key in ("correlation_id", "reply_to", "priority")},
+        delivery_info={key: options.get(key) for key in ("exchange", "routing_key")},
+        accept=prepare_accept_content(app.conf.accept_content),
+    )
+    request = WorkerRequest(message, app=app)
+    _, _, embed = message.payload
+    request.request_dict.update({**(embed or {}), "is_eager": False})
+    return request
+
+
+def perform(app: PyramidCelery, request: WorkerRequest) -> Any:
+    """Give a received message a run of its own, and do what Celery does after it.
+
+    :return: what the task returns.
+    :raises Exception: what the task raises, and the ways in which Celery ends a run.
+    """
+    task = app.tasks[request.type]
+    with _as_in_a_process_of_its_own(app.registry):
+        trace = build_tracer(task.name, task, app=app)
+        result, ended, _, _ = trace(
+            request.id, request.args, request.kwargs, request=request.request_dict
+        )
+    if ended is not None:
+        raise ended.retval
+    if isinstance(result, ExceptionInfo):  # not the function, but what follows it has failed
+        raise result.exception
+    return result
 
 
 @contextmanager
-def _put_aside(txn: Any) -> Iterator[None]:
-    # In an after-commit hook the transaction is committed, but still its manager's: the task could
-    # not begin another one. The thread's manager is the only one that task and caller share.
+def _as_in_a_process_of_its_own(registry: Registry) -> Iterator[None]:
+    # No request of the caller is current, and its transaction is out of reach: a run cleans up the
+    # manager of its thread, and could not begin one in the after-commit hook of another.
     manager = transaction.manager.manager
-    if manager._txn is not txn:
-        yield
-        return
-    manager.free(txn)
+    threadlocals.push({"request": None, "registry": registry})
+    transaction.manager.manager = transaction.TransactionManager()
     try:
         yield
     finally:
-        manager._txn = txn
+        transaction.manager.manager = manager
+        threadlocals.pop()

@@ -1,11 +1,76 @@
-"""What an application can subscribe to with ``config.add_subscriber``; imports nothing of ours."""
+"""What an application can subscribe to with ``config.add_subscriber``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ("PublishFailed", "TaskMessage", "TasksPublished")
+from celery.exceptions import SoftTimeLimitExceeded
+from pyramid.registry import Registry
+from zope.interface import implementedBy, implementer
+
+from ws_celery.interfaces import (
+    IBeforeDispatch,
+    ICeleryEvent,
+    ILockLost,
+    IPublishFailed,
+    ITaskFinished,
+    ITaskSkipped,
+    ITasksPublished,
+    IWorkerProcessInit,
+)
+
+__all__ = (
+    "BeforeDispatch",
+    "LockLost",
+    "PublishFailed",
+    "TaskFinished",
+    "TaskMessage",
+    "TaskSkipped",
+    "TasksPublished",
+    "WorkerProcessInit",
+    "has_subscriber",
+    "tell",
+)
+
+log = logging.getLogger(__name__)
+
+
+@implementer(ICeleryEvent)
+@dataclass
+class _Event:
+    app: Any
+
+    @property
+    def registry(self) -> Registry:
+        """The Pyramid registry that owns the Celery app."""
+        return self.app.registry
+
+
+@implementer(IBeforeDispatch)
+@dataclass
+class BeforeDispatch(_Event):
+    """A task is being dispatched, and its message is not built yet.
+
+    Sent at the call, in the thread of the caller; for the next task of a chain, a callback and a
+    retry in the worker, for an entry of the schedule in beat. What a subscriber raises stops the
+    call: the caller gets it, and nothing is sent.
+
+    :param request: the request on whose behalf the task is dispatched; ``None`` if there is none.
+    :param name: the name of the task.
+    :param args: the positional arguments, without a request. Changing them changes nothing.
+    :param kwargs: the keyword arguments, likewise.
+    :param options: the options of the call (``queue``, ``countdown``, ``priority``, ``headers`` and
+        so on), a dictionary that a subscriber may change. ``headers`` is a dictionary in it.
+    """
+
+    request: Any
+    name: str
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
+    options: dict[str, Any] = field(repr=False)
 
 
 class TaskMessage(NamedTuple):
@@ -15,31 +80,144 @@ class TaskMessage(NamedTuple):
     id: str
 
 
-class TasksPublished:
+@implementer(ITasksPublished)
+@dataclass
+class TasksPublished(_Event):
     """The deferred messages of one transaction have been handed to the broker.
 
     Sent after each flush, in the thread that has committed. What a subscriber raises is logged.
 
-    :param app: the Celery app.
     :param publications: what was published.
     """
 
-    def __init__(self, app: Any, publications: Sequence[Any]) -> None:
-        self.app = app
-        self._publications = tuple(publications)
+    publications: Sequence[Any] = field(repr=False)
 
     @property
     def tasks(self) -> list[TaskMessage]:
         """Names and ids, in the order of the calls."""
-        return [TaskMessage(p.task_name, p.task_id) for p in self._publications if p.task_id]
+        return [TaskMessage(p.task_name, p.task_id) for p in self.publications if p.task_id]
 
 
+@implementer(IPublishFailed)
+@dataclass
 class PublishFailed(TasksPublished):
     """The transaction has committed, and these of its messages may not have reached the broker.
 
     :param error: the reason.
     """
 
-    def __init__(self, app: Any, publications: Sequence[Any], error: BaseException) -> None:
-        super().__init__(app, publications)
-        self.error = error
+    error: BaseException
+
+
+@implementer(ITaskFinished)
+@dataclass
+class TaskFinished(_Event):
+    """A run of a task is over, and so are its request and its transaction.
+
+    Sent in the process and thread that ran the task, for every task of the app, Celery's own too.
+    What a subscriber raises is logged; it cannot change the outcome. A run that a hard time limit
+    or the end of its process has cut off sends nothing.
+
+    :param task: Celery's task; ``task.request`` is still Celery's context of the run.
+    :param id: the id of the task.
+    :param args: the positional arguments, without the request.
+    :param kwargs: the keyword arguments.
+    :param state: ``SUCCESS``, ``FAILURE``, ``RETRY``, ``IGNORED`` or ``REJECTED``.
+    :param result: what the task has returned; ``None`` if it has not.
+    :param error: what it has raised, or ``None``; of a retry that is Celery's ``Retry``.
+    :param runtime: how long it has run, storing its result included, in seconds.
+    """
+
+    task: Any
+    id: str
+    args: Sequence[Any] = field(repr=False)
+    kwargs: Mapping[str, Any] = field(repr=False)
+    state: str
+    result: Any = field(repr=False)
+    error: BaseException | None
+    runtime: float
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        return str(self.task.name)
+
+
+@implementer(ITaskSkipped)
+@dataclass
+class TaskSkipped(_Event):
+    """A run did not begin: another task holds the lock of its ``@one_instance``.
+
+    Sent in the process and thread that would have run it, instead of :class:`TaskFinished`. What a
+    subscriber raises is logged.
+
+    :param task: Celery's task; ``task.request`` is Celery's context of the run.
+    :param id: the id of the task.
+    :param key: the key of the lock.
+    :param holder: who has it: ``task``, ``id``, ``host`` and ``pid``.
+    """
+
+    task: Any
+    id: str
+    key: str
+    holder: Any
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        return str(self.task.name)
+
+
+@implementer(ILockLost)
+@dataclass
+class LockLost(_Event):
+    """A run has lost the lock of its ``@one_instance``, so that another one may have begun.
+
+    Sent once, in the process of the run, by the thread that notices: the one that renews locks, or
+    that of the run. What a subscriber raises is logged.
+
+    :param task: Celery's task.
+    :param id: the id of the task; ``None`` for an item of ``map()``.
+    :param key: the key of the lock.
+    :param token: the fencing token that the run has.
+    :param reason: how it was lost, a part of a sentence.
+    """
+
+    task: Any
+    id: str | None
+    key: str
+    token: int
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        return str(self.task.name)
+
+
+@implementer(IWorkerProcessInit)
+@dataclass
+class WorkerProcessInit(_Event):
+    """A process that runs tasks has started: each child of a prefork pool, else the worker itself.
+
+    Sent once in each process, before its first task: the place to open what must not be shared with
+    a parent. What a subscriber raises is logged, and the process goes on.
+    """
+
+
+def has_subscriber(registry: Registry, event: type) -> bool:
+    """Tell whether anybody would get an event of this class; it costs no object to ask."""
+    # Zope keeps the answer until a subscriber comes or goes.
+    return bool(
+        registry.has_listeners and registry.adapters.subscriptions((implementedBy(event),), None)
+    )
+
+
+def tell(event: _Event) -> None:
+    """Send an event of what has happened already: what a subscriber raises can only be logged."""
+    try:
+        event.registry.notify(event)
+    except SoftTimeLimitExceeded:
+        raise
+    except Exception:
+        log.exception("A subscriber to %s has failed", type(event).__name__)

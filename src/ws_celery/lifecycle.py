@@ -1,18 +1,26 @@
-"""What Celery calls back: a worker's child process must not share what its parent opened."""
+"""What Celery calls back: when a process that runs tasks has started, and when a run is over."""
 
 from __future__ import annotations
 
 import gc
 import os
 import sys
+from collections.abc import Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from celery import signals
+from celery import signals, states
+from celery._state import get_current_app
+from celery.exceptions import Retry
+from celery.loaders.app import AppLoader
+
+from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, tell
+from ws_celery.exceptions import Duplicate, Skipped
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("PyramidFixup", "dispose_engines")
+__all__ = ("PyramidFixup", "PyramidLoader", "dispose_engines")
 
 
 class PyramidFixup:
@@ -25,12 +33,69 @@ class PyramidFixup:
         self.app = app
         self._pid = os.getpid()
         signals.worker_process_init.connect(self.on_process_init)
+        signals.worker_ready.connect(self.on_worker_ready)
+        signals.beat_init.connect(self.on_beat_init)
 
     def on_process_init(self, **_: Any) -> None:
-        """Let a forked child open database connections of its own."""
-        # The solo and thread pools send this signal in the process that loaded the application.
+        """Let a forked child open database connections of its own, and tell the application."""
+        # The solo pool sends this signal in the process that loaded the application.
         if os.getpid() != self._pid:
             dispose_engines()
+        if get_current_app() is self.app:  # and not another one of this process
+            tell(WorkerProcessInit(self.app))
+
+    def on_beat_init(self, **_: Any) -> None:
+        """Let the beat of ``worker --beat``, a forked child, open database connections of its own.
+
+        It is told before a thread of the outbox's relay starts there, whose signal this is too.
+        """
+        if os.getpid() != self._pid:
+            dispose_engines()
+
+    def on_worker_ready(self, sender: Any = None, **_: Any) -> None:
+        """Tell the application, where the pool has no signal for it: threads and greenlets."""
+        if sender.app is self.app and _runs_tasks_here(sender.pool):
+            tell(WorkerProcessInit(self.app))
+
+
+class PyramidLoader(AppLoader):
+    """Celery's hook into each run; a signal that nobody waits for would cost more than this."""
+
+    def on_task_init(self, task_id: str, task: Any) -> None:
+        """Remember when a run begins, if anybody wants to know of its end."""
+        super().on_task_init(task_id, task)
+        if has_subscriber(self.app.registry, TaskFinished):
+            task.request.ws_celery_begun = monotonic()
+            signals.task_postrun.connect(self.on_task_postrun)  # once, however often it is said
+
+    def on_task_postrun(self, task: Any = None, **run: Any) -> None:
+        """Tell the application that a run is over."""
+        if task.app is self.app and hasattr(task.request, "ws_celery_begun"):
+            _tell_finished(task, run)
+
+
+def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
+    state, outcome = run["state"], run["retval"]
+    if isinstance(outcome, (Duplicate, Skipped)):
+        return  # it is no run: another one has had the effect, or has the lock
+    if state is None:  # the error is on its way to the caller of an eager task
+        outcome = sys.exc_info()[1]
+        if not isinstance(outcome, Exception):
+            return  # what ends the process ends no run
+        state = states.RETRY if isinstance(outcome, Retry) else states.FAILURE
+    result, error = (outcome, None) if state == states.SUCCESS else (None, outcome)
+    runtime = monotonic() - task.request.ws_celery_begun
+    event = TaskFinished(
+        task.app, task, run["task_id"], run["args"], run["kwargs"], state, result, error, runtime
+    )
+    tell(event)
+
+
+def _runs_tasks_here(pool: Any) -> bool:
+    """Tell whether it is a pool of threads or greenlets."""
+    from celery.concurrency import prefork, solo
+
+    return not isinstance(pool, (prefork.TaskPool, solo.TaskPool))
 
 
 def dispose_engines() -> None:

@@ -6,7 +6,7 @@ Masking fails closed: where a text cannot be told apart, too much is hidden rath
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 __all__ = ("MASK", "is_secret", "masked", "masked_text")
@@ -25,14 +25,29 @@ _URL_NAME = re.compile(r"ur[il]|broker|backend|server|host|proxy", re.IGNORECASE
 
 #: Where one URL of several begins; one in the middle of a password does not count.
 _URL_START = re.compile(r"(?:^|(?<=[\s\"',;\[=]))(?=[A-Za-z][\w+.-]*://)")
-_AUTHORITY = re.compile(r"([A-Za-z][\w+.-]*://)(.*)@", re.DOTALL)
+_AUTHORITY = re.compile(r"([A-Za-z][\w+.-]{0,50}://)(.*)@", re.DOTALL)  # {0,50}: in linear time
 
-#: ``password=...`` of query strings and connection strings, ``"password": ...`` of JSON, whole or
-#: broken.
-_ASSIGNMENT = re.compile(
-    rf"""([\w.-]*(?:{_HIDDEN_NAMES})[\w.-]*["']?\s*[:=]\s*)("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|(?:(?:Basic|Bearer)\s+)?[^\s;&]+)""",
-    re.IGNORECASE,
+#: The name of ``password=...`` and ``"password": ...``, up to its value; the JSON may be inside of
+#: a JSON, its quotes escaped.
+_NAMED = re.compile(
+    rf"""(?:{_HIDDEN_NAMES})[\w.-]{{0,200}}(?P<quote>\\{{0,32}}["'])?\s*[:=]\s*""", re.IGNORECASE
 )
+_IN_QUERY = re.compile(r"[?&][\w.%-]*\Z")
+
+#: Where a value ends that has no end of its own; in a query, in a dictionary, and elsewhere.
+_QUERY_VALUE = re.compile(r"[^\s&]*")
+_LITERAL = re.compile(r"(?:None|null|[Tt]rue|[Ff]alse|-?\d[\w.+-]*)(?=\s*[,\]})])")
+_REST = re.compile(r"[^;\r\n]*")
+
+#: Begin and end of values that have both; ``b'...'`` has a prefix, and so have ``UUID('...')`` and
+#: ``Decimal('...')`` in a dictionary.
+_PREFIX = re.compile(r"[brufBRUF]{1,2}(?=\\{0,32}[\"'])")
+_CALL = re.compile(r"[A-Za-z_][\w.]*(?=\()")
+_QUOTE = re.compile(r"\\{0,32}[\"']")
+_IN_BRACKETS = re.compile(r"\\{0,32}[\"']|[\[\](){}]")
+_PEM = re.compile(r"-----BEGIN.*?(?:-----END[^-]*-----|\Z)", re.DOTALL)
+_OPENING, _CLOSING = "[({", "])}"
+_AFTER = re.compile(r"[\s,;&)\]}>\"'`.:\\]|\Z")
 _SIGNED = re.compile(r"([?&;](?:sig|code)=)[^&;#\s]*", re.IGNORECASE)
 
 
@@ -51,7 +66,8 @@ def masked(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: masked(f"{name} {key}", inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([masked(name, inner) for inner in value])
+        inside = [masked(name, inner) for inner in value]
+        return inside if isinstance(value, list) else tuple(inside)  # one with names may want more
     if is_secret(name) and not isinstance(value, bool) and value not in (None, ""):
         return MASK
     if isinstance(value, str):
@@ -60,10 +76,67 @@ def masked(name: str, value: Any) -> Any:
 
 
 def masked_text(text: str) -> str:
-    """Return ``text`` without passwords: in URLs of any scheme, query strings and JSON."""
+    """Return ``text`` without passwords: in URLs, query and connection strings, JSON and Python.
+
+    Where the value of a secret name has no visible end, all that follows on its line is hidden.
+    """
     text = "".join(_masked_url(part) for part in _URL_START.split(text))
     text = _SIGNED.sub(rf"\g<1>{MASK}", text)
-    return _ASSIGNMENT.sub(rf"\g<1>{MASK}", text)
+    return "".join(_without_values(text))
+
+
+def _without_values(text: str) -> Iterator[str]:
+    place = 0
+    while named := _NAMED.search(text, place):
+        start = named.end()
+        yield text[place:start]
+        place = _end_of_value(text, named)
+        if place > start:
+            yield MASK
+    yield text[place:]
+
+
+def _end_of_value(text: str, named: re.Match[str]) -> int:
+    start = named.end()
+    if text.startswith(MASK, start) and _AFTER.match(text, start + len(MASK)):
+        return start + len(MASK)  # masked before
+    if pem := _PEM.match(text, start):
+        return pem.end()
+    in_dictionary = named["quote"] is not None
+    prefix = _PREFIX.match(text, start) or (in_dictionary and _CALL.match(text, start))
+    end = _end_of_enclosed(text, prefix.end() if prefix else start)
+    if end is not None and _AFTER.match(text, end):
+        return end
+    if in_dictionary and (literal := _LITERAL.match(text, start)):
+        return literal.end()
+    in_query = _IN_QUERY.search(text[max(named.start() - 100, 0) : named.start()])
+    # Passwords may have blanks: who hides a word only shows what follows it.
+    found = (_QUERY_VALUE if in_query else _REST).match(text, end or start)
+    return found.end() if found else start
+
+
+def _end_of_enclosed(text: str, start: int) -> int | None:
+    """Return where what begins with a quote or a bracket ends; without an end, that of the text."""
+    if quote := _QUOTE.match(text, start):
+        return _end_of_quoted(text, quote)
+    if not text.startswith(tuple(_OPENING), start):
+        return None
+    depth, place = 0, start
+    while found := _IN_BRACKETS.search(text, place):
+        if found[0] in _CLOSING:
+            depth -= 1
+        elif found[0] in _OPENING:
+            depth += 1
+        place = found.end() if found[0] in _OPENING + _CLOSING else _end_of_quoted(text, found)
+        if not depth:
+            return place
+    return len(text)
+
+
+def _end_of_quoted(text: str, quote: re.Match[str]) -> int:
+    # The same quote, as often escaped.
+    found = re.compile(rf"(?<!\\){re.escape(quote[0])}").search(text, quote.end())
+    return found.end() if found else len(text)
 
 
 def _without_broken_urls(text: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from time import monotonic
 from typing import Any
 
@@ -15,13 +15,14 @@ from kombu import Connection, Producer
 from kombu.exceptions import OperationalError
 from pyramid.registry import Registry
 
-from ws_celery.converters import Refused
 from ws_celery.dispatch import Publication
-from ws_celery.events import PublishFailed, TasksPublished
-from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
-from ws_celery.settings.keys import OUR_SETTINGS
+from ws_celery.events import PublishFailed, TasksPublished, tell
+from ws_celery.exceptions import BrokerUnavailable
+from ws_celery.redis_channel import lighten
+from ws_celery.settings import our_setting
+from ws_celery.shown_arguments import described_arguments
 
-__all__ = ("Publisher", "seconds")
+__all__ = ("Publisher", "batch")
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +31,6 @@ PER_MESSAGE = 0.001
 
 #: Options with which redis-py would try again, and kombu not send a batch.
 _REDIS_RETRIES = ("retry", "retry_on_error", "retry_on_timeout")
-
-
-def seconds(settings: Mapping[str, Any] | None, key: str, default: float) -> float:
-    """Return the setting ``key``, a number of seconds.
-
-    :raises ConfigurationError: if it is not a positive number.
-    """
-    value = (settings or {}).get(key, default)
-    try:
-        return float(OUR_SETTINGS[key].accept(value))
-    except Refused:
-        raise ConfigurationError(
-            f"{key} = {value!r}: expected {OUR_SETTINGS[key].expected}. "
-            f"Write {default}, for example."
-        ) from None
 
 
 class Publisher:
@@ -60,10 +46,11 @@ class Publisher:
     """
 
     def __init__(self, app: Any, registry: Registry) -> None:
-        self.timeout = seconds(registry.settings, "ws_celery.publish_timeout", 2.0)
-        self.cooldown = seconds(registry.settings, "ws_celery.publish_cooldown", 5.0)
+        settings = registry.settings
+        self.timeout = our_setting(settings, "ws_celery.publish_timeout", 2.0)
+        self.cooldown = our_setting(settings, "ws_celery.publish_cooldown", 5.0)
+        self._log_arguments = our_setting(settings, "ws_celery.log_arguments", default=False)
         self._app = app
-        self._registry = registry
         self._down_until: float | None = None
         self._idle: deque[Producer] = deque()
         self._inherited: list[deque[Producer]] = []
@@ -79,14 +66,16 @@ class Publisher:
         """
         try:
             self._refuse_while_down()
-            self._flush(publications)
+            self.flush(publications)
         except BaseException as error:
             self._fail(publications, error)
             if isinstance(error, SoftTimeLimitExceeded) or not isinstance(error, Exception):
                 raise
         else:
             self._down_until = None
-            self._notify(TasksPublished(self._app, publications))
+            if self._app.outbox is not None:
+                self._app.outbox.published(publications)
+            tell(TasksPublished(self._app, publications))
 
     def close(self) -> None:
         """Close the connections that are not in use."""
@@ -95,9 +84,10 @@ class Publisher:
                 self._idle.pop().connection.release()
 
     def _refuse_while_down(self) -> None:
-        if self._down_until is None:
+        down_until = self._down_until  # another thread may find the broker up meanwhile
+        if down_until is None:
             return
-        if monotonic() < self._down_until:
+        if monotonic() < down_until:
             raise BrokerUnavailable(
                 "The broker has not answered a moment ago. Nothing is sent to it for "
                 f"ws_celery.publish_cooldown = {self.cooldown} seconds; start the broker."
@@ -105,13 +95,17 @@ class Publisher:
         # This flush tries; those of other threads need not wait with it.
         self._down_until = monotonic() + self.timeout
 
-    def _flush(self, publications: Sequence[Publication]) -> None:
+    def flush(self, publications: Sequence[Publication]) -> None:
+        """Hand ``publications`` to the broker in one flush, or raise; a part may have left then.
+
+        :raises Exception: the broker's error, after at most ``ws_celery.publish_timeout``.
+        """
         deadline = monotonic() + self.timeout / 2 + PER_MESSAGE * len(publications)
         producer = self._acquire()
         try:
             _declare_once(producer, publications, deadline)
-            # Redis: one pipeline for all. Nothing is retried: a part may have been delivered.
-            with producer.batch() if hasattr(producer, "batch") else nullcontext():
+            # Nothing is retried: a part may have been delivered.
+            with batch(producer, publications):
                 for publication in publications:
                     _in_time(deadline)
                     publication.publish(producer, declare=None, retry=False)
@@ -119,7 +113,10 @@ class Publisher:
         except BaseException as error:
             connection = producer.connection
             connection.collect()
-            if isinstance(error, connection.connection_errors):
+            # The cause, too: kombu wraps the error of a batch in one that is of no such kind.
+            if any(
+                isinstance(each, connection.connection_errors) for each in (error, error.__cause__)
+            ):
                 raise OperationalError(str(error)) from error
             raise
         self._idle.append(producer)
@@ -132,7 +129,9 @@ class Publisher:
                 producer = self._idle.pop()
                 if _is_alive(producer):
                     return producer
-        return Producer(self._connect(), auto_declare=False)
+        producer = Producer(self.connect(), auto_declare=False)
+        lighten(producer.channel)
+        return producer
 
     def _forget_inherited(self) -> None:
         # Kept, not closed: that would shut down what the parent process still uses.
@@ -140,7 +139,11 @@ class Publisher:
         self._idle = deque()
         self._pid = os.getpid()
 
-    def _connect(self) -> Connection:
+    def connect(self) -> Connection:
+        """Open a connection whose sockets wait half of ``ws_celery.publish_timeout``.
+
+        :raises Exception: the broker's error, within that time.
+        """
         connection = self._app.connection_for_write()
         brokers = len(connection.alt or ()) or 1
         patience = self.timeout / 2 / brokers
@@ -159,22 +162,32 @@ class Publisher:
     def _fail(self, publications: Sequence[Publication], error: BaseException) -> None:
         if isinstance(error, (OSError, OperationalError)):
             self._down_until = monotonic() + self.cooldown
+        kept = [publication for publication in publications if publication.row_id]
+        if kept:
+            log.warning("The outbox keeps %d tasks for the relay: %s", len(kept), error)
+            self._app.outbox.not_published(kept)
+        # An event has neither a row nor a task that could be lost.
+        if lost := [found for found in publications if found.task_id and not found.row_id]:
+            self._report(lost, error)
+
+    def _report(self, publications: Sequence[Publication], error: BaseException) -> None:
         event = PublishFailed(self._app, publications, error)
         log.error(
             "The transaction has committed, but these tasks may not have been sent: %s (%s)",
-            ", ".join(f"{task.name}[{task.id}]" for task in event.tasks),
+            ", ".join(map(self._described, publications)),
             str(error) or type(error).__name__,
             exc_info=None if isinstance(error, BrokerUnavailable) else error,
         )
-        self._notify(event)
+        tell(event)
 
-    def _notify(self, event: TasksPublished) -> None:
-        try:
-            self._registry.notify(event)
-        except SoftTimeLimitExceeded:
-            raise
-        except Exception:
-            log.exception("A subscriber to %s has failed", type(event).__name__)
+    def _described(self, publication: Publication) -> str:
+        text = f"{publication.task_name}[{publication.task_id}]"
+        if not self._log_arguments:
+            return text
+        args, kwargs = described_arguments(
+            self._app, publication.task_name, publication.call, publication.told_arguments
+        )
+        return f"{text} args={args} kwargs={kwargs}"
 
 
 def _bound_redis(options: dict[str, Any], patience: float) -> None:
@@ -182,6 +195,13 @@ def _bound_redis(options: dict[str, Any], patience: float) -> None:
         options[option] = min(patience, options.get(option) or patience)
     for option in _REDIS_RETRIES:
         options.pop(option, None)
+
+
+def batch(producer: Producer, publications: Sequence[Publication]) -> AbstractContextManager[Any]:
+    """Let what is published inside leave together where that can be: in one pipeline of Redis."""
+    if len(publications) > 1 and hasattr(producer, "batch"):
+        return producer.batch()
+    return nullcontext()
 
 
 def _in_time(deadline: float) -> None:
@@ -194,11 +214,14 @@ def _declare_once(producer: Producer, publications: Iterable[Publication], deadl
     entities = {
         (type(entity), entity.name): entity
         for publication in publications
-        for entity in publication.options.get("declare") or ()
+        for entity in publication.declare
     }
+    declared = producer.connection.declared_entities
     for entity in entities.values():
-        _in_time(deadline)
-        producer.maybe_declare(entity)
+        # kombu looks there, too, but first makes a copy of the entity for the channel.
+        if not (entity.can_cache_declaration and hash(entity) in declared):
+            _in_time(deadline)
+            producer.maybe_declare(entity)
 
 
 def _settle(producer: Producer, deadline: float) -> None:

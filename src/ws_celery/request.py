@@ -1,16 +1,9 @@
-"""The request of one task run, and what travels in message headers to make it.
-
-The header :data:`HEADER` carries a small JSON mapping:
-
-``url``
-    ``request.application_url`` of the request that dispatched the task: scheme, host, port and
-    script name, so that ``request.route_url`` in the task gives the link that the user can open.
-"""
+"""The request of one task run, and the one on whose behalf a task is dispatched."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,8 +14,16 @@ from pyramid.threadlocal import RequestContext, get_current_request
 from zope.interface import alsoProvides
 
 from ws_celery.interfaces import ITaskRequest
+from ws_celery.propagation import Propagation
 
-__all__ = ("HEADER", "calling", "calling_request", "describe", "split_request", "task_request")
+__all__ = (
+    "HEADER",
+    "calling",
+    "calling_request",
+    "description_of",
+    "split_request",
+    "task_request",
+)
 
 #: Name of the message header that describes the dispatching request.
 HEADER = "ws_celery"
@@ -48,12 +49,13 @@ def split_request(
     return request, args, kwargs
 
 
-@contextmanager
-def calling(request: Any) -> Iterator[None]:
+def calling(request: Any) -> AbstractContextManager[None]:
     """Make the calls inside on behalf of ``request``; ``None`` changes nothing."""
-    if request is None:
-        yield
-        return
+    return nullcontext() if request is None else _calling(request)
+
+
+@contextmanager
+def _calling(request: Any) -> Iterator[None]:
     token = _explicit.set(request)
     try:
         yield
@@ -67,13 +69,20 @@ def calling_request() -> Any:
     return get_current_request() if request is None else request
 
 
-def describe(request: Any) -> dict[str, Any]:
-    """Return what the task's request needs to know of ``request``, as JSON values."""
-    return {"url": request.application_url}
+def description_of(context: Any) -> dict[str, Any] | None:
+    """Return what the message of a run tells of the request that dispatched it, if it does.
+
+    :param context: Celery's ``task.request``.
+    """
+    # An instrumentation that adds headers of its own inside of "headers" hides ours there.
+    description: dict[str, Any] | None = (context.headers or {}).get(HEADER)
+    return description or getattr(context, HEADER, None)
 
 
 @contextmanager
-def task_request(registry: Registry, description: Mapping[str, Any]) -> Iterator[Any]:
+def task_request(
+    registry: Registry, propagation: Propagation, description: Mapping[str, Any]
+) -> Iterator[Any]:
     """Make the request of one task run current, and clean up after it whatever happens.
 
     The application's own request factory makes it, its request methods and properties are there,
@@ -81,16 +90,18 @@ def task_request(registry: Registry, description: Mapping[str, Any]) -> Iterator
     no tween runs: a task has no URL of its own.
 
     :param registry: the application's registry.
-    :param description: what :func:`describe` told of the dispatching request; may be empty, then
-        URLs begin with ``http://localhost``.
+    :param propagation: what gives it the things that travel.
+    :param description: what :meth:`Propagation.describe` told of the dispatching request; may be
+        empty.
     """
     factory = registry.queryUtility(IRequestFactory, default=Request)
-    request = factory.blank("/", base_url=description.get("url"))
+    request = factory.blank("/", base_url=propagation.url(description))
     request.registry = registry
     alsoProvides(request, ITaskRequest)
     with RequestContext(request):
         try:
             apply_request_extensions(request)
+            propagation.restore(request, description)
             yield request
         finally:
             if request.finished_callbacks:

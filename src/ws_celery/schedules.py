@@ -7,14 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from celery.exceptions import ImproperlyConfigured
 from celery.schedules import ParseException, crontab, crontab_parser, solar
 
-from ws_celery.converters import Refused, json_value, nearest, period
+from ws_celery.clocked import Clocked
+from ws_celery.converters import Refused, json_value, moment, nearest, period, utc
 from ws_celery.zoned import ZonedCrontab
 
-__all__ = ("SCHEDULE_TYPES", "describe", "parse_schedule")
+__all__ = ("KEYS_OF_TYPES", "SCHEDULE_TYPES", "describe", "parse_schedule", "text_of_schedule")
 
 
 # --- Crontabs ---------------------------------------------------------------------------------
@@ -170,6 +172,8 @@ def _integer(value: Any) -> timedelta:
 def _number(value: Any) -> timedelta:
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
+    except OverflowError:
+        seconds = math.inf
     except (TypeError, ValueError):
         seconds = math.nan
     if math.isnan(seconds):
@@ -194,7 +198,7 @@ def _solar(value: Any) -> solar:
     if set(fields) != {"event", "lat", "lon"}:
         raise Refused("needs event, lat and lon, such as sunset 52.5 13.4")
     event = fields["event"]
-    if event not in solar._all_events:
+    if not isinstance(event, str) or event not in solar._all_events:
         events = ", ".join(sorted(solar._all_events))
         raise Refused(
             f"has the unknown event {event!r}; the events are {events}",
@@ -210,7 +214,7 @@ def _solar(value: Any) -> solar:
 def _degrees(fields: Mapping[str, Any], name: str, most: int) -> float:
     try:
         degrees = float(fields[name])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         degrees = math.nan
     if not -most <= degrees <= most:
         raise Refused(f"has {name} = {fields[name]!r}; {name} is from -{most} to {most}")
@@ -224,14 +228,32 @@ def _json_object(value: Any, example: str) -> dict[str, Any]:
     return fields
 
 
-#: Parser of ``schedule`` for each ``type``, except for crontab, which takes a zone as well.
+def _clocked(value: Any, zone: str | None) -> Clocked:
+    if not isinstance(value, str):
+        raise Refused("is no time such as 2027-01-31T09:00+01:00")
+    time = moment(value)
+    if time.utcoffset() is None:
+        if not zone:
+            raise Refused("needs a timezone, or an offset from UTC", f"{time.isoformat()}+00:00")
+        time = time.replace(tzinfo=ZoneInfo(zone))
+    return Clocked(utc(time))
+
+
+#: Parser of ``schedule`` for each ``type`` that has nothing to do with a time zone.
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "timedelta": _timedelta,
     "integer": _integer,
     "number": _number,
     "solar": _solar,
 }
-SCHEDULE_TYPES = ("crontab", *_PARSERS)
+#: Parsers that take a zone as well.
+_ZONED_PARSERS: dict[str, Callable[[Any, str | None], Any]] = {
+    "crontab": _crontab,
+    "clocked": _clocked,
+}
+SCHEDULE_TYPES = ("crontab", *_PARSERS, "clocked")
+#: For which types other keys of an entry have a meaning.
+KEYS_OF_TYPES = {"timezone": tuple(_ZONED_PARSERS), "relative": SCHEDULE_TYPES[1:4]}
 
 
 def parse_schedule(kind: str, value: Any, zone: str | None = None) -> Any:
@@ -239,13 +261,44 @@ def parse_schedule(kind: str, value: Any, zone: str | None = None) -> Any:
 
     :param kind: one of :data:`SCHEDULE_TYPES`.
     :param value: text, or what a JSON text would hold.
-    :param zone: name of the time zone that a crontab is meant in.
+    :param zone: name of the time zone that a crontab, or a time without an offset, is meant in.
     :raises Refused: with the field, its range, and perhaps a suggestion.
     :raises KeyError: if ``kind`` is unknown.
     """
     if isinstance(value, str):
         value = value.strip()
-    return _crontab(value, zone) if kind == "crontab" else _PARSERS[kind](value)
+    if kind in _ZONED_PARSERS:
+        return _ZONED_PARSERS[kind](value, zone)
+    return _PARSERS[kind](value)
+
+
+def text_of_schedule(schedule: Any) -> dict[str, Any]:
+    """Return the keys of an entry that say what ``schedule`` is: ``type``, ``schedule`` and so on.
+
+    It is the way back from :func:`parse_schedule`. A schedule that no text can say has the type
+    ``python``.
+    """
+    if isinstance(schedule, crontab):
+        line = " ".join(_field_text(getattr(schedule, f"_orig_{name}")) for name in _FIELDS)
+        zone = getattr(schedule, "zone", None)
+        return {"type": "crontab", "schedule": line, **({"timezone": zone} if zone else {})}
+    if isinstance(schedule, solar):
+        place = f"{schedule.event} {schedule.lat} {schedule.lon}"
+        return {"type": "solar", "schedule": place}
+    if isinstance(schedule, Clocked):
+        return {"type": "clocked", "schedule": schedule.at.isoformat()}
+    run_every = getattr(schedule, "run_every", schedule)
+    if isinstance(run_every, timedelta):
+        run_every = run_every.total_seconds()
+    if isinstance(run_every, (int, float)):
+        relative = {"relative": True} if getattr(schedule, "relative", False) else {}
+        return {"type": "number", "schedule": f"{run_every:.15g}", **relative}
+    return {"type": "python", "schedule": str(schedule)}
+
+
+def _field_text(field: Any) -> str:
+    items = field if isinstance(field, (list, tuple, set, frozenset)) else [field]
+    return ",".join(str(item).replace(" ", "") for item in items)
 
 
 def describe(schedule: Any) -> str:
@@ -254,6 +307,8 @@ def describe(schedule: Any) -> str:
         line = " ".join(str(getattr(schedule, f"_orig_{name}")) for name in _FIELDS)
         zone = getattr(schedule, "zone", None)
         return f"{line} ({zone})" if zone else line
+    if isinstance(schedule, Clocked):
+        return f"once at {schedule.at.isoformat(sep=' ', timespec='seconds')}"
     if isinstance(schedule, solar):
         return f"{schedule.event} at {schedule.lat} {schedule.lon}"
     run_every = getattr(schedule, "run_every", schedule)

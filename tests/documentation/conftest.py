@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from queue import Empty
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from transaction import TransactionManager
 from webtest import TestApp
 
 from ws_celery import get_celery_app
-from ws_celery.app import load_registry
+from ws_celery.applications import load_registry
 from ws_celery.testing import Capture, capture
 
 README = Path(__file__).parents[2] / "README.rst"
@@ -71,14 +72,21 @@ def shown_registry(
         }
     )
     monkeypatch.syspath_prepend(ini.parent)
+    others = take_modules("myapp")  # of another application, which other tests run
     registry = load_registry(str(ini))
     yield registry
     for loaded in list(global_registries):  # an example may load the application once more
         shown_request(loaded).dbsession.get_bind().dispose()
         get_celery_app(loaded).close()
         global_registries.remove(loaded)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "myapp"]:
-        del sys.modules[name]
+    take_modules("myapp")
+    sys.modules.update(others)
+
+
+def take_modules(package: str) -> dict[str, ModuleType]:
+    """Take a package and what is in it out of those that are imported."""
+    names = [name for name in sys.modules if name.partition(".")[0] == package]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def shown_request(registry: Any) -> Request:

@@ -146,15 +146,20 @@ def check_ws_celery(arguments: list[str]) -> None:
     plain = iter(word for word in arguments if not word.startswith("-") and "." not in word)
     command = next(plain, "")
     help_texts = help_of() + help_of(command)
+    if command == "multi":
+        help_texts += help_of("worker")  # what it does not know is the workers'
+    below = next(plain, None)
+    if below and re.search(rf"^  {below} ", help_of(command), re.MULTILINE):
+        help_texts += help_of(command, below)
     for option in (word.partition("=")[0] for word in arguments if word.startswith("-")):
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_texts), option
 
 
 @cache
-def help_of(command: str = "") -> str:
+def help_of(*commands: str) -> str:
     with redirect_stdout(StringIO()) as output, pytest.raises(SystemExit) as end:
-        main([*filter(None, [command]), "--help"])
-    assert end.value.code == 0, command
+        main([*filter(None, commands), "--help"])
+    assert end.value.code == 0, commands
     return output.getvalue()
 
 

@@ -7,13 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from typing import Any
 
 import pytest
-
-TIMEOUT = 60
+from tests.waiting import SOON, wait_for
 
 
 @pytest.fixture
@@ -37,20 +35,12 @@ def site(shown_site, free_port, tmp_path):
             stderr=stream,
         )
     try:
-        wait_until(lambda: process.poll() is not None or "Ctrl-C stops" in output.read_text())
+        wait_for(lambda: process.poll() is not None or "Ctrl-C stops" in output.read_text())
         assert process.poll() is None, output.read_text()
         yield f"http://127.0.0.1:{free_port}"
     finally:
         process.terminate()
-        assert process.wait(TIMEOUT) == 0
-
-
-def wait_until(condition) -> Any:
-    deadline = time.monotonic() + TIMEOUT
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it takes too long"
-        time.sleep(0.05)
-    return result
+        assert process.wait(SOON) == 0
 
 
 def fetch(url: str, data: bytes | None = None) -> Any:
@@ -62,7 +52,7 @@ def test_the_application_of_readme_stores_and_a_worker_runs_its_task(site):
     delivery = fetch(f"{site}/deliveries", b"address=1+High+Street")
 
     url = f"{site}/reviews/{delivery['id']}"
-    review = wait_until(lambda: (review := fetch(url))["review_url"] and review)
+    review = wait_for(lambda: (review := fetch(url))["review_url"] and review)
     assert review == {"address": "1 High Street", "review_url": url}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -9,11 +10,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,21 +23,12 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.waiting import wait_for
 
 APPS = Path(__file__).parent / "apps"
 #: Their tests are theirs: a test of ours runs them.
 collect_ignore = ["apps"]
 WS_CELERY = (sys.executable, "-m", "ws_celery")
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
-    """Return what ``condition`` returns as soon as it is true."""
-    deadline = time.monotonic() + timeout
-    while not (result := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what} did not happen within {timeout} s")
-        time.sleep(0.02)
-    return result
 
 
 @dataclass
@@ -58,7 +50,7 @@ class Running:
     def text(self) -> str:
         return "".join(self.output)
 
-    def says(self, text: str, timeout: float = 30.0) -> None:
+    def says(self, text: str, timeout: float = 60.0) -> None:
         """Wait until it has printed ``text``; fail if it ends without."""
 
         def said() -> bool:
@@ -77,7 +69,7 @@ class Running:
         """Do as Ctrl-C in its terminal does: SIGINT to the whole foreground process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def ends(self, timeout: float = 30.0) -> int:
+    def ends(self, timeout: float = 60.0) -> int:
         return self.process.wait(timeout)
 
 
@@ -136,9 +128,27 @@ def make_site(tmp_path: Path, free_port: int) -> Callable[..., Site]:
     return make
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., Running]]:
-    """Start ``ws-celery`` with arguments, in a process group of its own; stopped at the end."""
+@pytest.fixture(scope="session")
+def promised_site(
+    postgres_url: str, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Site]:
+    """Write the INI file of the application ``promised``, with a queue of its own."""
+
+    def make(broker: str = redis_url, celery: str = "", explicit: bool = True) -> Site:
+        ini = tmp_path_factory.mktemp("promised") / "development.ini"
+        text = (APPS / "promised.ini").read_text()
+        if not explicit:
+            text = text.replace("tm.manager_hook = pyramid_tm.explicit_manager\n", "")
+        queue = f"test-{uuid.uuid4()}"  # services are shared
+        services = {"database": postgres_url, "broker": broker, "results": redis_url}
+        ini.write_text(text.format(queue=queue, celery=celery, **services))
+        return Site(ini)
+
+    return make
+
+
+@contextmanager
+def starting() -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
     def run(*arguments: str, program: tuple[str, ...] = WS_CELERY, **env: str) -> Running:
@@ -153,9 +163,25 @@ def start() -> Iterator[Callable[..., Running]]:
         started.append(Running(process))
         return started[-1]
 
-    yield run
-    for running in reversed(started):
-        stop(running)
+    try:
+        yield run
+    finally:
+        for running in reversed(started):
+            stop(running)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    """Start ``ws-celery`` with arguments, in a process group of its own; stopped at the end."""
+    with starting() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def start_once() -> Iterator[Callable[..., Running]]:
+    """Do as ``start`` does, for all tests of a module."""
+    with starting() as run:
+        yield run
 
 
 @pytest.fixture
@@ -178,7 +204,8 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
 def environment(**changes: str) -> dict[str, str]:
     ours = ("CELERY_", "WS_CELERY_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    return {**inherited, "PYTHONPATH": str(APPS), "PYTHONUNBUFFERED": "1", **changes}
+    fixed = {"COLUMNS": "120", "PYTHONPATH": str(APPS), "PYTHONUNBUFFERED": "1"}
+    return {**inherited, **fixed, **changes}
 
 
 def stop(running: Running) -> None:
@@ -213,6 +240,15 @@ def embedded_url(tmp_path: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture
+def sockets_end_with_their_test() -> Iterator[None]:
+    """Close what Celery leaves to the garbage collector, which warns of each: result backends'."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ def test_the_ini_file_is_missing(run, tmp_path):
     check_refused(run("worker", "--ini", missing), missing, "no such file", "--ini")
 
 
-def test_no_ini_file_is_given(run):
+def test_no_ini_file_is_given(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no development.ini is here
     check_refused(run("worker"), "--ini FILE", "WS_CELERY_INI")
 
 
@@ -161,6 +162,25 @@ def test_the_broker_is_down(ini, run):
     assert result.returncode == 69
     assert result.stderr.startswith("Error: the broker does not answer")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("call", "backup"), ("result", "7"), ("result", "7", "-t", "backup")]
+)
+def test_the_result_backend_is_down(ini, run, words):
+    backend = "result_backend = redis://:hunter2@127.0.0.1:1/0"
+    once = 'result_backend_transport_options = {"retry_policy": {"max_retries": 1}}'
+    replace(ini, "^result_backend = .*$", f"{backend}\n{once}")
+    replace(ini, "^broker_url = .*$", "broker_url = memory://")
+
+    result = run(*words, "--ini", str(ini))
+
+    assert result.returncode == 69, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "hunter2" not in result.stderr
+    said = result.stderr.strip().splitlines()[-1]  # after what Celery logs of its tries
+    assert said.startswith("Error: The result backend does not answer: ")
+    assert "`result_backend`" in said
 
 
 def test_another_celery_app_is_asked_for(ini, run):

@@ -8,12 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 APPLICATION = Path(__file__).parent / "apps" / "cookiecutter"
 
 
-def test_the_tests_of_an_application_of_the_cookiecutter_pass(tmp_path):
+@pytest.mark.parametrize("outbox", ["false", "true"])
+def test_the_tests_of_an_application_of_the_cookiecutter_pass(tmp_path, outbox):
     root = tmp_path / "cookiecutter"
     shutil.copytree(APPLICATION, root)
+    ini = root / "testing.ini"
+    ini.write_text(ini.read_text().replace("outbox = false", f"outbox = {outbox}"))
 
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q"],

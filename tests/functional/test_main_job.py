@@ -133,7 +133,7 @@ def test_a_failing_task_leaves_nothing_in_the_database(site, web, start, celery_
 
     with celery_app_of(site) as app:
         result = app.send_task("myapp.tasks.record_and_fail")
-        result.get(timeout=20, propagate=False)
+        result.get(timeout=60, propagate=False)
         assert isinstance(result, AsyncResult)
         assert result.state == "FAILURE"
 
@@ -148,7 +148,7 @@ def test_children_of_a_worker_open_database_connections_of_their_own(
 
     with celery_app_of(site) as app:
         results = [app.send_task("myapp.tasks.backend_pid") for _ in range(20)]
-        connections = {tuple(result.get(timeout=20)) for result in results}
+        connections = {tuple(result.get(timeout=60)) for result in results}
 
     processes = {process for process, _ in connections}
     assert len(connections) == len({backend for _, backend in connections}) == len(processes)

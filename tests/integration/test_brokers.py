@@ -15,12 +15,10 @@ import pytest
 import transaction
 from celery import chord, group
 from kombu import Producer
+from tests.waiting import SOON
 
 from ws_celery import task
 from ws_celery.embedded import EmbeddedBroker
-
-#: Seconds until an event must have come.
-SOON = 20
 
 #: Seconds that a busy machine may add to a time limit.
 MARGIN = 0.5
@@ -34,6 +32,8 @@ def add(request, x):
 @pytest.fixture
 def batches(monkeypatch):
     """How often a batch has been begun."""
+    if not hasattr(Producer, "batch"):
+        pytest.skip("kombu sends batches from 5.7")
     begun = []
     batch = Producer.batch
 
@@ -84,13 +84,14 @@ def test_options_that_would_forbid_a_batch_are_not_for_the_flush(make_app, redis
     )
     with transaction.manager:
         add.delay(1)
+        add.delay(2)
 
     assert batches[0].supports_batch_publish
-    assert arguments(app) == [1]
+    assert arguments(app) == [1, 2]
 
 
 def test_tasks_are_sent_one_by_one_by_a_kombu_that_has_no_batches(make_app, redis_url, monkeypatch):
-    monkeypatch.delattr(Producer, "batch")
+    monkeypatch.delattr(Producer, "batch", raising=False)
     app = make_app(add, broker=redis_url)
     with transaction.manager:
         for number in range(100):
@@ -195,10 +196,11 @@ def url(scheme, server):
     return f"{scheme}://127.0.0.1:{server.getsockname()[1]}/0"
 
 
-def seconds_of_a_commit(app):
+def seconds_of_a_commit(app, tasks=1):
     began = time.monotonic()
     with transaction.manager:
-        add.delay(app.request(), 1)
+        for number in range(tasks):
+            add.delay(app.request(), number)
     return time.monotonic() - began
 
 
@@ -340,6 +342,9 @@ def through_proxy(request, make_app):
         with transaction.manager:
             add.delay(1)
         yield app, proxy
+        with app.celery.connection_for_write(broker.geturl()) as connection:
+            connection.default_channel.queue_delete(app.celery.conf.task_default_queue)
+            connection.default_channel.exchange_delete(app.celery.conf.task_default_exchange)
         app.celery.publisher.close()
         proxy.open.set()
         proxy.hang_up()
@@ -347,12 +352,18 @@ def through_proxy(request, make_app):
         thread.join()
 
 
-def test_a_broker_that_falls_silent_is_noticed_in_time(through_proxy, caplog):
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_broker_that_falls_silent_is_noticed_in_time_and_known_to_be_down(
+    through_proxy, caplog, tasks
+):
     app, proxy = through_proxy
     proxy.open.clear()
 
-    assert seconds_of_a_commit(app) < 0.5 + MARGIN
+    assert seconds_of_a_commit(app, tasks) < 0.5 + MARGIN
     assert "these tasks may not have been sent: add[" in caplog.text
+    with transaction.manager:
+        add.delay(app.request(), 1)
+    assert "ws_celery.publish_cooldown = 5.0" in caplog.records[-1].getMessage()
     proxy.open.set()
 
 
@@ -362,23 +373,4 @@ def test_a_connection_that_the_broker_has_closed_is_made_anew(through_proxy):
     with transaction.manager:
         add.delay(2)
 
-    assert arguments(app) == [1, 2]
-
-
-# After a fork
-
-
-def test_a_forked_process_makes_connections_of_its_own(make_app, redis_url):
-    app = make_app(add, broker=redis_url)
-    with transaction.manager:
-        add.delay(1)
-    publisher = app.celery.publisher
-    (ours,) = publisher._idle
-    publisher._pid = -1  # as a child sees it
-    with transaction.manager:
-        add.delay(2)
-
-    assert ours not in publisher._idle
-    assert ours.connection.connected
-    ours.connection.release()
     assert arguments(app) == [1, 2]

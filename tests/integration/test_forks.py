@@ -1,4 +1,4 @@
-"""A forked worker process opens database connections of its own."""
+"""A forked process opens connections of its own, to the database and to the broker."""
 
 from __future__ import annotations
 
@@ -102,3 +102,52 @@ def test_connections_are_forgotten_and_not_closed(postgres):
 def test_an_application_without_a_database_has_nothing_to_forget():
     program = "from ws_celery import lifecycle; lifecycle.dispose_engines()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# The broker
+
+#: Publishes before a fork, in the child, and again; prints how many sockets each process has then.
+PUBLISHING = """
+import os, sys
+import psutil, transaction
+from pyramid.config import Configurator
+from ws_celery import task
+
+@task(name="add")
+def add(request, x): ...
+
+config = Configurator(settings={"ws_celery.config_uri": sys.argv[1]})
+config.include("ws_celery")
+config.add_celery_task(add)
+app = config.make_celery_app()
+
+def publish(number):
+    with transaction.manager:
+        add.delay(number)
+    print(len(psutil.Process().net_connections("all")), flush=True)
+
+publish(1)
+if (child := os.fork()) == 0:
+    try:
+        publish(2)
+    finally:
+        os._exit(0)
+os.waitpid(child, 0)
+publish(3)
+"""
+
+
+@pytest.mark.parametrize("broker", ["redis_url", "rabbitmq_url"])
+def test_a_forked_process_publishes_on_a_connection_of_its_own(
+    make_app, write_ini, request, broker
+):
+    url = request.getfixturevalue(broker)
+    app = make_app(broker=url)
+    queue = app.celery.conf.task_default_queue
+    ini = write_ini(f"[celery]\nbroker_url = {url}\ntask_default_queue = {queue}")
+    command = [sys.executable, "-c", PUBLISHING, ini]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+    before, child, after = map(int, done.stdout.split())
+    assert [message.args for message in app.sent()] == [[1], [2], [3]]
+    assert child > before == after  # the child keeps the inherited ones, and never uses them

@@ -106,6 +106,21 @@ def test_a_task_of_an_inner_savepoint_is_not_sent_if_the_outer_one_is_rolled_bac
     assert sent() == [3]
 
 
+def test_a_savepoint_that_is_rolled_back_between_calls_in_bulk_drops_its_own(request_, sent):
+    def calls():
+        yield (request_, 1)
+        savepoint = request_.dbsession.begin_nested()
+        yield (request_, 2)
+        savepoint.rollback()
+        yield (request_, 3)
+        with request_.dbsession.begin_nested():
+            yield (request_, 4)
+
+    add.delay_many(calls())
+
+    assert sent() == [1, 3, 4]
+
+
 def test_an_inner_savepoint_is_rolled_back_alone(request_, sent):
     session = request_.dbsession
     with session.begin_nested():
@@ -165,6 +180,22 @@ def test_a_savepoint_of_the_transaction_package_takes_those_of_sqlalchemy_along(
         add.delay(request, 3)
 
     assert [message.args for message in app.sent()] == [[3]]
+
+
+def test_a_savepoint_drops_what_came_after_it_although_an_earlier_task_is_dropped_already(
+    make_app, postgres
+):
+    app = make_app(add, setup=postgres.includeme, **EXPLICIT)
+    request = app.request()
+    with request.tm as txn:
+        nested = request.dbsession.begin_nested()
+        add.delay(request, 1)
+        savepoint = txn.savepoint()
+        nested.rollback()
+        add.delay(request, 2)
+        savepoint.rollback()
+
+    assert app.sent() == []
 
 
 def test_the_session_of_a_task_run_is_listened_to(make_app, database):

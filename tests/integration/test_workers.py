@@ -12,14 +12,12 @@ from celery import chain, chord, group
 from celery.exceptions import Ignore
 from pyramid.response import Response
 from sqlalchemy import text
+from tests.waiting import SOON
 
-from ws_celery import RequestAwareTask, task
+from ws_celery import RequestAwareTask, immediately, task
 
 # Celery's result backend calls what redis-py has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
-
-#: Seconds until a task must have run.
-SOON = 20
 
 
 @task(name="add")
@@ -41,7 +39,7 @@ def link(request, *_):
 def make(make_app, redis_url):
     """Make an application with results in Redis, and one view at ``/``."""
 
-    def make(*tasks, view=None):
+    def make(*tasks, view=None, results=redis_url):
         def setup(config):
             config.add_route("home", "/")
             if view:
@@ -54,7 +52,7 @@ def make(make_app, redis_url):
             *tasks,
             setup=setup,
             broker=redis_url,
-            celery=f"result_backend = {redis_url}\nresult_expires = 600",
+            celery=f"result_backend = {results}\nresult_expires = 600",
         )
 
     return make
@@ -93,6 +91,29 @@ def test_a_chord_of_a_transaction_runs(make, start_worker):
     result = committed(chord([add.s(number) for number in range(5)], total.s()))
 
     assert result.get(timeout=SOON) == 15
+
+
+@pytest.mark.parametrize("committing", [True, False])
+def test_a_chord_with_results_in_a_database_runs_when_its_transaction_commits(
+    make, postgres_results, start_worker, committing
+):
+    """There Celery sends one task more, which looks again and again whether the header is done."""
+    app = make(results=postgres_results)
+    start_worker(app)
+    transaction.begin()
+    result = chord([add.s(number) for number in range(3)], total.s(), interval=0.1).delay()
+    with immediately():
+        assert add.delay(1).get(timeout=SOON) == 2  # nothing of the chord was sent before it
+    assert result.state == "PENDING"
+    if committing:
+        transaction.commit()
+        assert result.get(timeout=SOON) == 6
+    else:
+        transaction.abort()
+        with immediately():
+            assert add.delay(1).get(timeout=SOON) == 2
+        assert result.state == "PENDING"
+    app.celery.backend.ResultSession().get_bind().dispose()
 
 
 def test_chunks_and_starmap_run_with_a_request(make, start_worker):

@@ -200,7 +200,8 @@ def run(capsys, monkeypatch):
     return run
 
 
-def test_the_table_tells_name_value_type_and_place(run, site):
+def test_the_table_tells_name_value_type_and_place(run, site, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # the place is whole there, too
     path = site(
         """
         redis_password = hunter2

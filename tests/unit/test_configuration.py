@@ -83,7 +83,7 @@ def test_a_broker_of_the_environment_is_enough(monkeypatch):
 def test_eager_execution_needs_no_broker(write_ini):
     ini = write_ini("[celery]\ntask_always_eager = true")
 
-    assert included(**{"ws_celery.config_uri": ini}).conf.task_always_eager is True
+    assert included(**{"ws_celery.config_uri": ini}).eager is not None
 
 
 # Types of the settings

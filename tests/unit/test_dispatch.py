@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import transaction
+from pyramid.response import Response
 from transaction.interfaces import (
     IDataManagerSavepoint,
     ISavepointDataManager,
@@ -287,6 +290,55 @@ def test_the_thread_defers_where_the_manager_of_the_request_has_no_transaction(a
     with transaction.manager:
         add.delay(request, 1)
         assert app.names() == []
+
+
+@pytest.fixture(params=["pyramid_tm.explicit_manager", None])
+def visit(request, make_app):
+    """Request a page, with each kind of manager; returns the application and what the view does."""
+
+    def visit(view):
+        def setup(config):
+            config.add_route("home", "/")
+            config.add_view(view, route_name="home")
+
+        hook = {"tm__manager_hook": request.param} if request.param else {}
+        app = make_app(add, setup=setup, **hook)
+        app.web.get("/")
+        return app
+
+    return visit
+
+
+def in_a_thread(*call):
+    function, *arguments = call
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+def test_a_thread_that_is_handed_the_request_defers_until_that_commits(visit, doomed):
+    def view(request):
+        in_a_thread(add.delay, request, 1)
+        if doomed:
+            request.tm.doom()
+        return Response("done")
+
+    assert visit(view).names() == ([] if doomed else ["add"])
+
+
+def test_a_thread_that_has_kept_the_request_does_not_meet_the_next_transaction(visit):
+    kept = []
+
+    def view(request):
+        kept.append(request)
+        return Response("done")
+
+    app = visit(view)
+    transaction.begin()
+    in_a_thread(add.delay, kept[0], 1)
+    transaction.abort()
+
+    assert app.names() == ["add"]
 
 
 # At once, on purpose

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 MODULE = """
 from ws_celery import RequestAwareTask, celery_app, task
 
@@ -34,8 +38,17 @@ def python(program: str) -> str:
 def test_importing_ws_celery_imports_neither_sqlalchemy_nor_redis():
     program = """
 import sys
-import ws_celery
+from ws_celery import *
 print(sorted({"sqlalchemy", "redis", "zope.sqlalchemy"} & set(sys.modules)))
+"""
+    assert python(program) == "[]"
+
+
+def test_the_console_script_comes_before_all_that_gevent_has_to_patch():
+    program = """
+import sys
+import ws_celery.__main__
+print(sorted({"kombu", "pyramid", "socket", "transaction"} & set(sys.modules)))
 """
     assert python(program) == "[]"
 
@@ -51,7 +64,7 @@ sys.path.insert(0, {str(tmp_path)!r})
 def registered():
     return set(_state._apps), set(_state._on_app_finalizers), len(list(global_registries))
 
-import ws_celery
+from ws_celery import task
 before = registered()
 import tasks
 print(registered() == before, len(before[0]))

@@ -36,6 +36,58 @@ def test_a_password_in_a_text_is_masked(text):
     assert MASK in masked_text(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("{'passwords': ['one', 'second one'], 'n': 1}", f"{{'passwords': {MASK}, 'n': 1}}"),
+        ("{'token': {'x': ['y', '}']}, 'n': 1}", f"{{'token': {MASK}, 'n': 1}}"),
+        ("{'token': ['x', 'y z", f"{{'token': {MASK}"),
+        ("{'token': b'abc def', 'n': 1}", f"{{'token': {MASK}, 'n': 1}}"),
+        ("{'token': UUID('a b'), 'n': 1}", f"{{'token': {MASK}, 'n': 1}}"),
+        ("{'token': 5, 'n': 1}", f"{{'token': {MASK}, 'n': 1}}"),
+        ("{'token': <Card 1 2>, 'n': 1}", f"{{'token': {MASK}"),
+        (r"['{\'token\': [\'a b\', \']c\']}', 7]", rf"['{{\'token\': {MASK}}}', 7]"),
+        (r'"{\"password\": \"a b\"}"', rf'"{{\"password\": {MASK}}}"'),
+        (r"'{\'token\': b\'a ;b\', \'n\': 1}'", rf"'{{\'token\': {MASK}, \'n\': 1}}'"),
+        ("Password=a bcd;Db=1", f"Password={MASK};Db=1"),
+        ("Password=a&bcd;Db=1", f"Password={MASK};Db=1"),
+        ("Password='a'b c;Db=1", f"Password={MASK};Db=1"),
+        ("password: a b c\nnext", f"password: {MASK}\nnext"),
+        ("?password=abc&a=1 is wrong", f"?password={MASK}&a=1 is wrong"),
+        (
+            "private_key: -----BEGIN KEY-----\nabc\n-----END KEY-----\nnext",
+            f"private_key: {MASK}\nnext",
+        ),
+    ],
+)
+def test_the_whole_value_of_a_secret_name_is_hidden(text, shown):
+    assert masked_text(text) == shown
+    assert masked_text(shown) == shown
+
+
+_HARD = st.text(st.sampled_from("""a \\"']})&;=,\n"""), max_size=4)
+_TEXTS = _HARD.map(lambda text: f"SECRET{text}SECRET")
+_VALUES = st.recursive(
+    st.one_of(_TEXTS, _TEXTS.map(str.encode)),
+    lambda inner: st.one_of(st.lists(inner), inner.map(lambda value: {"b c": value})),
+    max_leaves=4,
+)
+
+
+@given(_VALUES, st.sampled_from([repr, lambda value: repr(repr(value))]), st.integers(1, 200))
+def test_no_part_of_a_value_of_a_secret_name_is_shown_whatever_it_is(value, shown, length):
+    text = shown({"first": "a", "password": value, "last": 1})
+
+    assert "SECRET" not in masked_text(text)
+    assert "SECRET" not in masked_text(text[:length])
+
+
+def test_a_long_text_is_masked():
+    text = "a1" * 100_000 + "password" * 10_000 + "token=[" * 10_000
+
+    assert masked_text(text).endswith(f"token={MASK}")
+
+
 def test_what_is_no_secret_stays():
     url = "redis://me:hunter2@localhost:6379/0?ssl_cert_reqs=required"
 

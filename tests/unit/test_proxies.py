@@ -8,15 +8,20 @@ import sys
 import textwrap
 import uuid
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import transaction
 from pyramid.config import Configurator, global_registries
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 from pyramid.interfaces import IIntrospectable
+from pyramid.response import Response
 from pyramid.threadlocal import RequestContext
 
 from ws_celery import RequestAwareTask, TransactionalTask, celery_app, get_celery_app, task
 from ws_celery.exceptions import NoCurrentApplication, NotIncluded, TaskNotRegistered
+
+EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
 
 
 @task(name="add")
@@ -91,6 +96,51 @@ def test_the_request_that_is_passed_beats_the_current_one(make_app):
         add.delay(second.request(), 1)
 
     assert (first.names(), second.names()) == ([], ["add"])
+
+
+def test_a_task_belongs_to_the_application_that_the_transaction_was_begun_for(make_app):
+    def view(request):
+        with ThreadPoolExecutor(1, initializer=share, initargs=(request.tm,)) as thread:
+            thread.submit(add.delay, 1).result()
+            assert first.names() == []
+        return Response("done")
+
+    def share(manager):
+        transaction.manager.manager = manager
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+
+    first, second = make_app(add, setup=setup, **EXPLICIT), make_app(add)
+    first.web.get("/")
+
+    assert (first.names(), second.names()) == (["add"], [])
+
+
+def test_a_task_belongs_to_the_application_whose_task_has_begun_the_transaction(make_app):
+    @task(name="outer")
+    def outer(request):
+        second.config.begin()  # no request is current any more, and another registry is
+        add.delay(1)
+        second.config.end()
+
+    first, second = make_app(add, outer), make_app(add)
+    first.celery.tasks["outer"].apply().get()
+
+    assert (first.names(), second.names()) == (["add"], [])
+
+
+def test_a_transaction_that_is_over_tells_nothing_any_more(make_app):
+    @task(name="outer")
+    def outer(request):
+        "Do nothing."
+
+    first, _ = make_app(add, outer), make_app(add)
+    first.celery.tasks["outer"].apply().get()
+
+    with pytest.raises(NoCurrentApplication, match="2 applications"):
+        add.delay(1)
 
 
 def test_a_task_belongs_to_the_application_of_the_current_registry(make_app):

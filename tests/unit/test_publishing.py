@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import transaction
 from celery.exceptions import SoftTimeLimitExceeded
@@ -79,6 +81,21 @@ def test_what_could_not_be_published_is_told_with_the_reason(app, events, fail):
     assert str(event.error) == "gone"
 
 
+def test_a_broker_that_another_thread_finds_up_meanwhile_is_not_down(app, events, monkeypatch):
+    publisher = app.celery.publisher
+    publisher._down_until = time.monotonic()  # as after a failure
+
+    def while_another_thread_publishes():
+        publisher._down_until = None
+        return time.monotonic()
+
+    monkeypatch.setattr("ws_celery.publishing.monotonic", while_another_thread_publishes)
+    with transaction.manager:
+        add.delay(1)
+
+    assert [type(event) for event in events] == [TasksPublished]
+
+
 def test_an_error_that_is_not_the_brokers_does_not_mark_it_as_down(app, events, fail, monkeypatch):
     fail(ValueError("odd message"))
     with transaction.manager:
@@ -103,6 +120,39 @@ def test_a_subscriber_that_fails_does_not_fail_the_commit(make_app, fail, caplog
         add.delay(1)
 
     assert "has failed" in caplog.text
+
+
+def test_arguments_are_not_logged_unless_asked_for(app, fail, caplog):
+    fail(OperationalError("gone"))
+    with transaction.manager:
+        result = add.delay("who knows")
+
+    assert f"add[{result.id}]" in caplog.text
+    assert "who knows" not in caplog.text
+
+
+def test_arguments_are_logged_if_asked_for_without_their_secrets(make_app, fail, caplog):
+    make_app(add, ws_celery__log_arguments="true")
+    fail(OperationalError("gone"))
+    with transaction.manager:
+        add.delay({"password": "hunter2", "url": "redis://me:hunter3@here"})
+        add.apply_async(("hunter4",), argsrepr="(hidden)")
+
+    assert "args=({'password': ********" in caplog.text
+    assert "redis://me:********@here" in caplog.text
+    assert "args=(hidden) kwargs={}" in caplog.text
+    assert "hunter" not in caplog.text
+
+
+def test_arguments_that_the_settings_hide_are_not_logged(make_app, fail, caplog):
+    make_app(add, ws_celery__log_arguments="true", ws_celery__mask_arguments="all")
+    fail(OperationalError("gone"))
+    with transaction.manager:
+        add.delay("hunter2")
+        add.delay_many([("hunter3",)])
+
+    assert caplog.text.count("args=('********',) kwargs={}") == 2
+    assert "hunter" not in caplog.text
 
 
 # Interruptions

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta, timezone
+
 import pytest
 import transaction
-from celery.exceptions import Ignore, Reject, Retry
+from celery import group
+from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid_tm import is_tm_active
 from transaction.interfaces import TransientError
 from zope.interface.verify import verifyObject
 
-from ws_celery import RequestAwareTask, task
+from ws_celery import RequestAwareTask, immediately, task
 from ws_celery.interfaces import ITaskRequest
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
@@ -410,6 +413,20 @@ def test_a_retry_takes_arguments_without_the_request(
     assert seen == [called, expected]
 
 
+def test_a_retry_counts_arguments_that_have_no_name(make_app):
+    seen = []
+
+    @task(name="task", bind=True)
+    def again_once(self, request, x, /, y):
+        seen.append((x, y))
+        if self.request.retries == 0:
+            raise self.retry(kwargs={"y": 3})
+
+    make_app(again_once).celery.tasks["task"].apply((1, 2)).get()
+
+    assert seen == [(1, 2), (1, 3)]
+
+
 def test_a_conflict_at_the_commit_is_tried_again(run, ledgers):
     def conflict_at_the_commit(self, request):
         def conflict():
@@ -476,14 +493,14 @@ def test_other_errors_are_not_tried_again(run, ledgers):
 def as_worker():
     """Run a task as a worker does, where ``retry`` sends a message; returns how it ended."""
 
-    def as_worker(registered, **headers):
+    def as_worker(registered, retries=0, **headers):
         registered.push_request(
             id="id",
             called_directly=False,
             is_eager=False,
             args=(),
             kwargs={},
-            retries=0,
+            retries=retries,
             delivery_info={},
             headers=headers or None,
         )
@@ -524,6 +541,50 @@ def test_an_automatic_retry_is_sent_although_the_transaction_aborts(make_app, op
     assert app.names() == ["task"]
 
 
+@pytest.mark.parametrize("option", ["countdown", "eta"])
+def test_a_retry_is_sent_for_the_time_that_it_asks_for(make_app, as_worker, option):
+    hour = timedelta(hours=1)
+    in_an_hour = datetime.now(timezone.utc) + hour
+    when = {"countdown": hour.total_seconds()} if option == "countdown" else {"eta": in_an_hour}
+
+    @task(name="task", bind=True)
+    def try_again(self, request):
+        self.retry(**when)
+
+    app = make_app(try_again)
+    as_worker(app.celery.tasks["task"])
+
+    (message,) = app.sent()
+    assert abs(datetime.fromisoformat(message.headers["eta"]) - in_an_hour) < timedelta(minutes=10)
+
+
+def test_an_automatic_retry_waits_longer_each_time(make_app, as_worker):
+    @task(name="task", autoretry_for=(LookupError,), retry_backoff=10, retry_jitter=False)
+    def fail(request):
+        raise LookupError("no such thing")
+
+    app = make_app(fail)
+    waits = [as_worker(app.celery.tasks["task"], retries=retries).when for retries in range(2)]
+
+    assert waits == [10, 20]
+    assert len(app.sent()) == 2
+
+
+@pytest.mark.parametrize(
+    ("exc", "expected"), [(LookupError("not yet"), LookupError), (None, MaxRetriesExceededError)]
+)
+def test_a_retry_too_many_is_the_error_that_was_its_reason(make_app, as_worker, exc, expected):
+    @task(name="task", bind=True)
+    def try_again(self, request):
+        self.retry(exc=exc, max_retries=1)
+
+    app = make_app(try_again)
+
+    assert isinstance(as_worker(app.celery.tasks["task"], retries=0), Retry)
+    assert isinstance(as_worker(app.celery.tasks["task"], retries=1), expected)
+    assert app.names() == ["task"]
+
+
 def test_a_retry_may_have_other_arguments(make_app, as_worker):
     @task(name="task", bind=True)
     def try_again(self, request, x=0):
@@ -549,6 +610,118 @@ def test_a_replacement_is_sent_when_the_transaction_commits(make_app, as_worker,
     assert [(message.task, message.id, message.args) for message in app.sent()] == [
         ("later", "id", [7])
     ]
+
+
+@pytest.mark.parametrize("doomed", ["before", "after"])
+def test_a_replacement_is_sent_although_the_transaction_is_doomed(
+    make_app, options, as_worker, ledgers, doomed
+):
+    @task(name="task", bind=True)
+    def replace(self, request):
+        manager = getattr(request, "tm", transaction.manager)
+        ledgers.append(Ledger(manager))
+        later.delay()
+        if doomed == "before":
+            manager.doom()
+        try:
+            self.replace(group(later.si(number) for number in (7, 8)))
+        finally:
+            manager.doom()
+
+    app = make_app(replace, later, celery="result_backend = cache+memory://", **options)
+    ended = as_worker(app.celery.tasks["task"])
+
+    assert isinstance(ended, Ignore)
+    assert ends(ledgers) == ["aborted"]
+    assert [message.args for message in app.sent() if message.task == "later"] == [[7], [8]]
+
+
+def test_a_replacement_is_sent_although_its_savepoint_is_rolled_back(make_app, as_worker):
+    @task(name="task", bind=True)
+    def replace(self, request):
+        savepoint = transaction.savepoint()
+        try:
+            self.replace(later.s(7))
+        finally:
+            savepoint.rollback()
+
+    app = make_app(replace, later)
+    ended = as_worker(app.celery.tasks["task"])
+
+    assert isinstance(ended, Ignore)
+    assert [message.args for message in app.sent()] == [[7]]
+
+
+@pytest.mark.parametrize("how", ["in the commit", "in the function"])
+def test_only_the_last_attempt_sends_its_replacement(make_app, as_worker, how):
+    attempts = []
+
+    def conflict():
+        raise TransientError
+
+    @task(name="task", bind=True)
+    def replace(self, request):
+        attempts.append(request)
+        first = len(attempts) == 1
+        if first and how == "in the commit":
+            transaction.get().addBeforeCommitHook(conflict)
+        try:
+            self.replace(later.s(len(attempts)))
+        except Ignore:
+            if first and how == "in the function":
+                conflict()
+            raise
+
+    app = make_app(replace, later)
+    ended = as_worker(app.celery.tasks["task"])
+
+    assert isinstance(ended, Ignore)
+    assert [message.args for message in app.sent()] == [[2]]
+
+
+def test_a_run_that_fails_after_all_has_no_replacement(make_app, as_worker):
+    @task(name="task", bind=True)
+    def replace(self, request):
+        try:
+            self.replace(later.s(7))
+        except Ignore:
+            raise LookupError from None
+
+    app = make_app(replace, later)
+
+    assert isinstance(as_worker(app.celery.tasks["task"]), LookupError)
+    assert app.names() == []
+
+
+def test_a_replacement_is_sent_at_once_where_that_is_asked_for(make_app, as_worker):
+    sent = []
+
+    @task(name="task", bind=True)
+    def replace(self, request):
+        try:
+            with immediately():
+                self.replace(later.s(7))
+        finally:
+            sent.extend(app.names())
+
+    app = make_app(replace, later)
+    ended = as_worker(app.celery.tasks["task"])
+
+    assert isinstance(ended, Ignore)
+    assert sent == ["later"]
+
+
+def test_a_replacement_is_sent_when_the_function_has_ended_its_transaction(make_app, as_worker):
+    @task(name="task", bind=True)
+    def replace(self, request):
+        with transaction.manager:
+            self.replace(later.s(7))
+
+    app = make_app(replace, later)
+    ended = as_worker(app.celery.tasks["task"])
+
+    assert isinstance(ended, Ignore)
+    assert app.names() == ["later"]
 
 
 def test_work_left_over_in_the_manager_of_the_thread_is_not_committed(make_app, as_worker, ledgers):

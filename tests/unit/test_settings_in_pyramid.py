@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partialmethod
 
 import pytest
 from celery.beat import PersistentScheduler
@@ -10,6 +11,8 @@ from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
 from ws_celery import get_celery_app, task
+from ws_celery.beat.store import Store
+from ws_celery.outbox import Outbox
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_code_beats_the_file(ini, committed):
 
     app = committed(config)
 
-    assert (app.conf.worker_concurrency, app.conf.task_always_eager) == (5, True)
+    assert (app.conf.worker_concurrency, app.eager is not None) == (5, True)
 
 
 def test_code_alone_is_enough(committed):
@@ -221,3 +224,50 @@ def _nothing(request):
 def _take(app):
     with app.connection_for_read() as connection:
         return connection.default_channel.basic_get("there", no_ack=True)
+
+
+def test_settings_of_ours_take_variables_of_the_environment(make_config, committed, monkeypatch):
+    monkeypatch.setenv("PATIENCE", "3")
+    settings = {
+        "ws_celery__publish_timeout": "${PATIENCE}",
+        "ws_celery__dbsession": "${SESSION:-db}",
+    }
+    app = committed(make_config(**settings))
+
+    assert app.publisher.timeout == 3
+    assert app.session_attribute == "db"
+
+
+# Parts that are switched on by their include or their setting
+
+
+@pytest.mark.parametrize("part", ["ws_celery.outbox", "ws_celery.beat"])
+@pytest.mark.parametrize("ways", ["add_settings", "include", "include add_settings"])
+def test_a_part_is_switched_on_by_each_way_and_once(make_app, monkeypatch, part, ways):
+    made = []
+
+    def keep(self, make, *args, **options):
+        made.append(self)
+        make(self, *args, **options)
+
+    for each in (Outbox, Store):
+        monkeypatch.setattr(each, "__init__", partialmethod(keep, each.__init__))
+
+    def setup(config):
+        for way in ways.split():
+            getattr(config, way)({part: "true"} if way == "add_settings" else part)
+
+    app = make_app(setup=setup)
+
+    assert made == [each for each in (app.celery.outbox, app.celery.schedule) if each]
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("part", ["outbox", "beat"])
+def test_a_part_that_is_switched_off_after_the_include_is_off(make_app, part):
+    def setup(config):
+        config.add_settings({f"ws_celery.{part}": "false"})
+
+    app = make_app(setup=setup, **{f"ws_celery__{part}": "true"})
+
+    assert app.celery.outbox is app.celery.schedule is None

@@ -240,7 +240,7 @@ def test_eager_calls_are_captured_instead_of_run(make_app):
         add.delay(1)
 
         assert sent.drain() == [2]
-    assert app.celery.conf.task_always_eager
+    assert add.delay(1).get() == 2
 
 
 def test_without_an_application_the_error_says_so():
@@ -309,6 +309,49 @@ def test_a_task_is_asserted_by_options(app):
         assert sent[0].options["eta"] > datetime.now(timezone.utc)
         for wrong in ({"queue": "fast"}, {"countdown": 61}, {"headers": {"x": 2}}):
             sent.assert_not_sent("add", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "other"),
+    [
+        ("expires", 60, 61),
+        ("task_id", "mine", "yours"),
+        ("shadow", "Add", "add"),
+        ("time_limit", 5, None),
+        ("soft_time_limit", 3, 5),
+        ("ignore_result", True, False),
+        ("headers", {"x": 1}, {"y": 1}),
+    ],
+)
+def test_each_option_that_is_asked_for_is_compared(app, option, value, other):
+    with capture() as sent:
+        add.apply_async((1,), **{option: value})
+
+        sent.assert_sent("add", **{option: value})
+        sent.assert_not_sent("add", **{option: other})
+        with pytest.raises(AssertionError):
+            sent.assert_not_sent("add", **{option: value})
+
+
+def test_what_an_option_is_without_being_given_is_compared_too(app):
+    with capture() as sent:
+        add.delay(1)
+
+        sent.assert_sent("add", ignore_result=False, time_limit=None, expires=None, headers={})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("queu", r"'queu' is not read of a message\. Did you mean queue\? Write one of queue, "),
+        ("retry_policy", r"'retry_policy' is not read of a message\. Write one of queue, "),
+    ],
+)
+def test_an_option_that_is_not_compared_is_refused(app, option, message):
+    with capture() as sent:
+        for ask in (sent.find, sent.assert_sent, sent.assert_not_sent):
+            with pytest.raises(TypeError, match=message):
+                ask("add", **{option: "slow"})
 
 
 def test_a_failed_assertion_shows_what_was_captured_instead(app):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,8 @@ from ws_celery.app import PyramidCelery
 from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker
+from ws_celery.exceptions import WsCeleryError
+from ws_celery.inspection import outbox_state
 from ws_celery.masking import masked, masked_text
 from ws_celery.settings import Configuration
 
@@ -21,6 +24,8 @@ __all__ = ("look_at_application",)
 #: Seconds after which a transport gives a message that is not acknowledged to another worker.
 _VISIBILITY = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
 _PATIENCE = 5
+#: Seconds by which the clocks of two machines may differ.
+_CLOCKS = 10
 
 
 def look_at_application(
@@ -28,7 +33,9 @@ def look_at_application(
 ) -> Iterator[Finding]:
     """Find what is wrong or doubtful; the broker is asked for a connection, nothing is sent."""
     yield from _broker(app, configuration)
+    yield from _outbox(app)
     yield from _tasks(app, configuration)
+    yield from _plugins(app)
     yield from _queues(app, configuration)
     yield from _visibility(app, configuration)
     if not _is_development(app, config_uri):
@@ -42,7 +49,7 @@ def look_at_application(
 
 
 def _broker(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
-    if app.conf.task_always_eager:
+    if app.eager is not None:
         return
     place = configuration.place("broker_url")
     url = configuration.settings.get("broker_url")
@@ -64,6 +71,30 @@ def _broker(app: PyramidCelery, configuration: Configuration) -> Iterator[Findin
         yield Finding.at(place, ERROR, "broker-unreachable", text)
 
 
+# --- The outbox -------------------------------------------------------------------------------
+
+
+def _outbox(app: PyramidCelery) -> Iterator[Finding]:
+    if app.outbox is None:
+        return
+    try:
+        state = outbox_state(app)
+    except WsCeleryError as error:
+        yield Finding(ERROR, "outbox", str(error))
+        return
+    if state.dead:
+        text = f"{state.dead} dead letters in {state.table}; `ws-celery outbox list` shows them"
+        yield Finding(WARNING, "dead-letters", text)
+    if abs(state.clock_difference) > _CLOCKS:
+        how = "ahead of" if state.clock_difference > 0 else "behind"
+        text = (
+            f"the database's clock is {abs(state.clock_difference):.0f} seconds {how} this "
+            "machine's: etas are missed by as much, and unfinished tasks are sent again too early "
+            "or too late; let both machines follow a time server (NTP)"
+        )
+        yield Finding(WARNING, "clock", text)
+
+
 # --- Names ------------------------------------------------------------------------------------
 
 
@@ -82,6 +113,15 @@ def _tasks(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding
 
 def _registered(app: PyramidCelery, name: str) -> bool:
     return name in app.tasks or ("*" in name and any(fnmatchcase(t, name) for t in app.tasks))
+
+
+def _plugins(app: PyramidCelery) -> Iterator[Finding]:
+    tasks = app.registry.introspector.get_category("celery tasks", default=())
+    brought = Counter(each["introspectable"]["plugin"] for each in tasks)
+    for plugin, number in sorted((name, brought[name]) for name in brought if name):
+        count = "1 task comes" if number == 1 else f"{number} tasks come"
+        text = f"{count} from the installed distribution {plugin} (ws_celery.plugins)"
+        yield Finding(NOTE, "plugin", text)
 
 
 def _queues(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:

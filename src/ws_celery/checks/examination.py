@@ -8,7 +8,8 @@ from configparser import InterpolationError
 
 from pyramid.exceptions import ConfigurationExecutionError
 
-from ws_celery.app import PyramidCelery, get_celery_app, load_registry
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import get_celery_app, load_registry
 from ws_celery.checks.application import look_at_application
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
 from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded

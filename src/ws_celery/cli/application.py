@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import configparser
-import logging
 import os
+import sys
 import traceback
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Any
 
 import click
 import plaster
 from celery import signals
-from click.core import ParameterSource
 from pyramid.exceptions import ConfigurationExecutionError
 
-from ws_celery.app import INI_VARIABLE, PyramidCelery, get_celery_app, load_registry
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import INI_VARIABLE, get_celery_app, load_registry
+from ws_celery.beat.sources import check_sources, install
 from ws_celery.exceptions import (
     ConfigurationError,
     NotIncluded,
-    TaskNotRegistered,
     WsCeleryError,
 )
-from ws_celery.settings import ini_variables, survey
+from ws_celery.logs import log_arguments_of_failures, set_up_logging
+from ws_celery.settings import our_setting, survey
 
-__all__ = ("READY_VARIABLE", "check_schedule", "find_ini", "load_celery_app")
+__all__ = ("READY_VARIABLE", "check_pool", "check_schedule", "find_ini", "load_celery_app")
 
 #: Environment variable that names a file which the worker makes when it takes tasks.
 READY_VARIABLE = "WS_CELERY_READY_FILE"
 
+#: What a checkout has, and its commands use when no file is named.
+_DEVELOPMENT_INI = "development.ini"
+
 
 def find_ini(ini: str | None) -> str:
-    """Return the INI file to work with: the one given, else the environment's ``WS_CELERY_INI``.
+    """Return the INI file to work with.
+
+    It is the one given, else that of the environment variable ``WS_CELERY_INI``, else
+    ``development.ini`` of the current directory, which it says on stderr.
 
     :raises ConfigurationError: if there is none, or it does not exist.
     """
-    config_uri = ini or os.environ.get(INI_VARIABLE)
+    config_uri = ini or os.environ.get(INI_VARIABLE) or _development_ini()
     if not config_uri:
         raise ConfigurationError(
-            f"No INI file. Give it with --ini FILE, or by the environment variable {INI_VARIABLE}."
+            f"No INI file. Give it with --ini FILE, or by the environment variable {INI_VARIABLE}; "
+            f"{_DEVELOPMENT_INI} of the current directory would be used, but there is none."
         )
     if not _is_file(config_uri):
         raise ConfigurationError(f"{config_uri}: there is no such file. Give its path with --ini.")
     # Absolute, because children may be started in another directory.
     return config_uri if "://" in config_uri else str(Path(config_uri).absolute())
+
+
+def _development_ini() -> str | None:
+    if not Path(_DEVELOPMENT_INI).is_file():
+        return None
+    click.echo(f"Using ./{_DEVELOPMENT_INI}; --ini names another file.", err=True)
+    # For what asks next, and for children that start anew.
+    os.environ[INI_VARIABLE] = path = str(Path(_DEVELOPMENT_INI).absolute())
+    return path
 
 
 def _is_file(config_uri: str) -> bool:
@@ -60,8 +75,10 @@ def load_celery_app(config_uri: str) -> PyramidCelery:
     :raises WsCeleryError: whatever is wrong with the configuration, in one sentence.
     """
     try:
-        _set_up_logging(plaster.get_loader(config_uri, protocols=["wsgi"]), config_uri)
+        set_up_logging(config_uri)
         app = get_celery_app(load_registry(config_uri))
+        if our_setting(app.registry.settings, "ws_celery.log_arguments", default=False):
+            log_arguments_of_failures()
     except Exception as error:
         explained = _explain(error, config_uri)
         if explained is None:
@@ -74,13 +91,27 @@ def load_celery_app(config_uri: str) -> PyramidCelery:
 
 
 def check_schedule(app: PyramidCelery) -> None:
-    """Make sure that every entry of the schedule names a task that is registered.
+    """Make sure that what code and INI say of the schedule can be run, and let Celery have it.
 
-    :raises TaskNotRegistered: for the first one that does not.
+    :raises ConfigurationError: with all that cannot.
     """
-    for name, entry in app.conf.beat_schedule.items():
-        if entry["task"] not in app.tasks:
-            raise TaskNotRegistered(entry["task"], f"[celerybeat:{name}]")
+    app.finalize()  # its handlers may declare entries
+    check_sources(app)
+    install(app)
+
+
+def check_pool(app: PyramidCelery) -> None:
+    """Make sure that the standard library is patched if the configured pool needs that.
+
+    :raises ConfigurationError: if it is not: tasks would share their thread-locals.
+    """
+    pool = app.conf.worker_pool
+    module = {"gevent": "gevent.monkey", "eventlet": "eventlet.patcher"}.get(pool)
+    if module is not None and module not in sys.modules:
+        raise ConfigurationError(
+            f"[celery] worker_pool = {pool} comes too late: {pool} has to patch the standard "
+            f"library before the application is loaded. Start the worker with --pool {pool}."
+        )
 
 
 def _explain(error: Exception, config_uri: str) -> WsCeleryError | None:
@@ -117,40 +148,3 @@ def _raised_by_paste(error: BaseException) -> bool:
     modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
     callers = [name for name in modules if not name.startswith(("importlib", "pkg_resources"))]
     return bool(callers) and callers[-1].startswith("paste.deploy")
-
-
-def _set_up_logging(loader: Any, config_uri: str) -> None:
-    if "loggers" not in loader.get_sections():
-        return  # Celery's own logging, with its options
-
-    def keep(loglevel: int, logfile: str | None, **_: Any) -> None:
-        context = click.get_current_context(silent=True)
-        if context is not None:
-            given = context.get_parameter_source
-            if given("loglevel") is ParameterSource.COMMANDLINE:
-                _set_level(loglevel)
-            if given("logfile") is ParameterSource.COMMANDLINE and logfile:
-                _set_file(logfile)
-
-    try:
-        loader.setup_logging(ini_variables())
-    except (KeyError, ValueError) as error:
-        raise ConfigurationError(
-            f"{config_uri}: the logging sections are not complete or not right: {error}. "
-            "[loggers], [handlers] and [formatters] list the others under `keys`."
-        ) from error
-    # Celery configures logging only where nobody is connected.
-    signals.setup_logging.connect(keep, weak=False)
-
-
-def _set_level(loglevel: int) -> None:
-    for name in (None, "celery", "ws_celery"):
-        logging.getLogger(name).setLevel(loglevel)
-
-
-def _set_file(logfile: str) -> None:
-    root = logging.getLogger()
-    handler = WatchedFileHandler(logfile, encoding="utf-8")
-    if root.handlers:
-        handler.setFormatter(root.handlers[0].formatter)
-    root.handlers[:] = [handler]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import click
 
 from ws_celery.exceptions import ConfigurationError
 
-__all__ = ("Options", "take_options")
+__all__ = ("Options", "command_of", "take_ini_uri", "take_options")
 
 #: Spellings of ``-A`` that name the application of the INI, which is the only one there is.
 _OUR_APP = ("ws_celery", "ws_celery.celery_app", "ws_celery:celery_app")
+
+#: ``app.ini`` or ``app.ini#name``, and what may follow it: ``key=value``.
+_INI_URI = re.compile(r"[^-].*\.ini(#[\w.-]*)?")
+_VARIABLE = re.compile(r"[A-Za-z_][\w.-]*=.*", re.DOTALL)
 
 #: Options of Celery that would name another configuration than the INI's.
 _NOT_OURS = ("--config", "--loader")
@@ -62,6 +69,42 @@ def take_options(arguments: list[str]) -> tuple[Options, list[str]]:
                 f"Leave {name} out, or write {name} {_OUR_APP[1]}."
             )
     return options, rest
+
+
+def take_ini_uri(
+    options: Options, arguments: list[str], commands: Mapping[str, click.Command]
+) -> list[str]:
+    """Take ``app.ini#name key=value`` where Pyramid's scripts have it: right after the command.
+
+    After a command of a group only if that takes no arguments of its own: they may end in ``.ini``
+    as well. With ``--ini`` nothing is taken.
+
+    :param options: is given what is found.
+    :return: the arguments that are left.
+    """
+    start = command_of(arguments, commands)
+    if options.ini or start is None:
+        return arguments
+    place = start + 1
+    command = commands[arguments[start]]
+    if isinstance(command, click.Group) and place < len(arguments):
+        inner = command.commands.get(arguments[place])
+        if inner and not any(isinstance(each, click.Argument) for each in inner.params):
+            place += 1
+    if place >= len(arguments) or not _INI_URI.fullmatch(arguments[place]):
+        return arguments
+    options.ini = arguments[place]
+    end = place + 1
+    while end < len(arguments) and _VARIABLE.fullmatch(arguments[end]):
+        name, _, value = arguments[end].partition("=")
+        options.ini_vars.setdefault(name, value)  # --ini-var beats it
+        end += 1
+    return arguments[:place] + arguments[end:]
+
+
+def command_of(arguments: list[str], commands: Mapping[str, click.Command]) -> int | None:
+    """Return the place of the command among the arguments, or ``None``."""
+    return next((place for place, word in enumerate(arguments) if word in commands), None)
 
 
 def _variables(text: str) -> dict[str, str]:

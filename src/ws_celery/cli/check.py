@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from ws_celery.checks import Finding, Report, examine, shown
 from ws_celery.cli.application import find_ini
+from ws_celery.cli.tables import table
 from ws_celery.settings import Place, Setting
 
 __all__ = ("check",)
 
 _HEADINGS = ("SETTING", "VALUE", "TYPE", "FROM")
 _COLORS = {"error": "red", "warning": "yellow", "note": "blue"}
-_NARROWEST = 20
 
 
 @click.command
@@ -49,12 +48,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 def _table(report: Report) -> Iterator[str]:
     rows = [(_name(row), shown(row), row.type, _origin(row.place)) for row in report.rows]
-    widths = [max(len(cell) for cell in column) for column in zip(_HEADINGS, *rows, strict=True)]
-    # The value gives way where the terminal is narrow.
-    room = shutil.get_terminal_size((120, 0)).columns - sum(widths) + widths[1] - 6
-    widths[1] = min(widths[1], max(room, _NARROWEST))
-    for row in (_HEADINGS, *rows):
-        yield _line(row, widths)
+    yield from table(_HEADINGS, rows, 1, whole=True)  # the value gives way, not its place
 
 
 def _name(row: Setting) -> str:
@@ -66,14 +60,6 @@ def _origin(place: Place) -> str:
     path, here = Path(place.file), Path.cwd()
     file = path.relative_to(here) if path.is_relative_to(here) else path
     return str(file) if place.line is None else f"{file}:{place.line}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    fitted = []
-    for cell, width in zip(cells, widths, strict=True):
-        text = " ".join(cell.split())
-        fitted.append((text if len(text) <= width else f"{text[: width - 3]}...").ljust(width))
-    return "  ".join(fitted).rstrip()
 
 
 def _severity(finding: Finding) -> str:

@@ -17,12 +17,12 @@ import click
 import hupper
 import plaster
 
-from ws_celery.app import INI_VARIABLE, load_registry
+from ws_celery.applications import INI_VARIABLE, load_registry
 from ws_celery.cli.application import READY_VARIABLE, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
 from ws_celery.embedded import SCHEME, EmbeddedBroker
-from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import ini_variables, read_configuration
 
 __all__ = ("demo", "dev")
@@ -131,7 +131,7 @@ def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
         return None
     broker = EmbeddedBroker.from_url(url)
     if broker.is_running():
-        raise BrokerUnavailable(
+        raise ConfigurationError(
             f"The embedded broker in {broker.directory} is running already. "
             "Stop the other `ws-celery dev`, or give this one another directory."
         )

@@ -19,6 +19,7 @@ What is accepted::
     options           Celery's table of options, with corrections
     broker_kinds      URLs, serializers, queues, priorities, TLS
     code_kinds        functions, classes, routers
+    command_kinds     programs that a task may run
     kinds             numbers, periods, lists, mappings: kinds that know nothing of Celery
     faults            where a value is written, and what is wrong there
 
@@ -27,6 +28,7 @@ What is accepted::
 
 from __future__ import annotations
 
+from ws_celery.settings.application import our_setting
 from ws_celery.settings.configuration import (
     Configuration,
     celery_settings,
@@ -46,6 +48,7 @@ __all__ = (
     "Setting",
     "celery_settings",
     "ini_variables",
+    "our_setting",
     "read_configuration",
     "survey",
 )

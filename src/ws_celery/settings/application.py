@@ -11,6 +11,7 @@ from typing import Any
 import plaster
 
 from ws_celery.converters import Refused, nearest
+from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.settings.faults import Faults, Place, Value
 from ws_celery.settings.interpolation import expand_environment
 from ws_celery.settings.keys import OUR_SETTINGS
@@ -19,7 +20,7 @@ from ws_celery.settings.layers import Layer, is_app_key
 from ws_celery.settings.names import REMOVED, find_option
 from ws_celery.settings.options import OPTIONS
 
-__all__ = ("celeryconfig", "code", "merge_app_settings")
+__all__ = ("celeryconfig", "code", "merge_app_settings", "our_setting")
 
 
 def merge_app_settings(
@@ -38,6 +39,24 @@ def merge_app_settings(
         else:
             close = nearest(key, OUR_SETTINGS)
             faults.at(value.place, "is no setting of ws_celery", value=value.text, close=close)
+
+
+def our_setting(settings: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+    """Return a setting ``ws_celery.*``, typed.
+
+    :param default: the value if it is not set.
+    :raises ConfigurationError: if it is not what is expected.
+    """
+    value = (settings or {}).get(key, default)
+    try:
+        return OUR_SETTINGS[key].accept(
+            expand_environment(value) if isinstance(value, str) else value
+        )
+    except (Refused, ValueError) as error:
+        expected = OUR_SETTINGS[key].expected
+        raise ConfigurationError(
+            Fault(str(error), key=key, value=str(value), expected=expected)
+        ) from None
 
 
 def _app_values(

@@ -39,6 +39,8 @@ class Configuration:
     :param renamed: old spellings that were understood.
     :param overrides: environment variables that beat what is written.
     :param call_options: options of calls by task or glob, from routes.
+    :param entries: the schedule's entries by name, as they are written.
+    :param entries_of_code: those that ``beat_schedule`` has in Python.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +48,8 @@ class Configuration:
     renamed: list[Renamed] = field(default_factory=list)
     overrides: list[Override] = field(default_factory=list)
     call_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    entries_of_code: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def place(self, option: str) -> Place | None:
         """Return where an option, or the first of its keys, is written."""
@@ -106,7 +110,13 @@ def survey(
         text = "no broker is configured" if config_uri else "No broker is configured"
         faults.append(Fault(f"{text}. {_REMEDY}", config_uri))
     configuration = Configuration(
-        settings, sections.rows, sections.renamed, changed, sections.call_options
+        settings,
+        sections.rows,
+        sections.renamed,
+        changed,
+        sections.call_options,
+        sections.entries,
+        sections.entries_of_code,
     )
     return configuration, list(ConfigurationError.of(faults).faults)
 

@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ws_celery.converters import nearest
-from ws_celery.schedules import SCHEDULE_TYPES, parse_schedule
+from ws_celery.schedules import KEYS_OF_TYPES, SCHEDULE_TYPES, parse_schedule
 from ws_celery.settings.faults import Faults, Place, Value
 from ws_celery.settings.keys import ENTRY_KEYS, ROUTE_KEYS, accept_keys
 
-__all__ = ("read_entry",)
+__all__ = ("ReadEntry", "read_entry")
 
 _TYPES = f"one of {', '.join(SCHEDULE_TYPES)}"
 
 
-def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> dict[str, Any] | None:
-    """Return an entry as Celery's ``beat_schedule`` has it.
+class ReadEntry(NamedTuple):
+    """One section that was read.
+
+    :param fields: what is written there, typed; ``schedule`` as it is written.
+    :param for_celery: the entry as Celery's ``beat_schedule`` has it; ``None`` if it is switched
+        off, or changes an entry that code declares.
+    """
+
+    fields: dict[str, Any]
+    for_celery: dict[str, Any] | None
+
+
+def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> ReadEntry | None:
+    """Read an entry.
+
+    Without a task it changes fields of an entry that code declares under its name.
 
     :param values: the keys of the section.
     :param place: where the entry begins.
     :param faults: where to add what is wrong.
-    :return: ``None`` if the entry is switched off, or something is wrong.
+    :return: ``None`` if something is.
     """
     before = len(faults)
     plain = {key: value for key, value in values.items() if key not in ("schedule", "type")}
     keys = faults.typed(plain, ENTRY_KEYS, also=("schedule", "type"))
+    written = {key: values[key].text for key in ("type", "schedule") if key in values}
     if keys.get("enabled") is False:
-        return None
-    for key in ("task", "schedule"):
+        return ReadEntry({**keys, **written}, None) if len(faults) == before else None
+    for key in ("task", "schedule") if "task" in values or not values else ():
         if key not in values:
             faults.at(place.key_beside(key), "is missing; an entry needs task, type and schedule")
     timing = _timing(values, keys, place, faults) if "schedule" in values else None
-    options = {}
     if "options" in keys:
         with faults.catching(values["options"]):
-            options = accept_keys(keys["options"], ROUTE_KEYS)
+            keys["options"] = accept_keys(keys["options"], ROUTE_KEYS)
     if len(faults) > before:
         return None
+    if "task" not in keys:
+        return ReadEntry({**keys, **written}, None)
     entry = {
         "task": keys["task"],
         "schedule": timing,
         "args": keys.get("args", []),
         "kwargs": keys.get("kwargs", {}),
-        "options": options,
+        "options": keys.get("options", {}),
     }
-    return {**entry, "relative": True} if keys.get("relative") else entry
+    if keys.get("relative"):
+        entry["relative"] = True
+    return ReadEntry({**keys, **written}, entry)
 
 
 def _timing(
@@ -58,7 +76,8 @@ def _timing(
             return text  # a schedule that was made in Python
         kind = Value("number", schedule.place)
     if kind is None:
-        faults.at(place.key_beside("type"), "is missing", expected=_TYPES)
+        if "task" in values:
+            faults.at(place.key_beside("type"), "is missing", expected=_TYPES)
         return None
     name = str(kind.text).strip()
     if name not in SCHEDULE_TYPES:
@@ -70,7 +89,7 @@ def _timing(
             close=nearest(name, SCHEDULE_TYPES),
         )
         return None
-    for key, types in (("timezone", ("crontab",)), ("relative", SCHEDULE_TYPES[1:4])):
+    for key, types in KEYS_OF_TYPES.items():
         if keys.get(key) and name not in types:
             problem = f"has no meaning for the type {name}, only for {', '.join(types)}"
             faults.at(values[key].place, problem)

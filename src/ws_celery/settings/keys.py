@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -19,8 +20,13 @@ from ws_celery.settings.broker_kinds import (
     RETRY_POLICY,
     SERIALIZER,
 )
+from ws_celery.settings.command_kinds import COMMANDS
 from ws_celery.settings.kinds import (
+    BASE_URL,
     BOOL,
+    LIST,
+    MOMENT,
+    NAMES,
     SECONDS,
     TEXT,
     ZONE,
@@ -160,6 +166,11 @@ ENTRY_KEYS: dict[str, Kind] = {
     "timezone": ZONE,
     "relative": BOOL,
     "enabled": BOOL,
+    "catch_up": choice("policy", "skip", "once"),
+    "overlap": choice("policy", "allow", "skip"),
+    "starts_at": MOMENT,
+    "expires": MOMENT,
+    "description": TEXT,
 }
 
 
@@ -236,16 +247,84 @@ _PATIENCE = replace(
     finish=number(least=1e-9, most=86400).finish,
 )
 
+
+def _plugins(values: Any) -> list[str]:
+    names: list[str] = LIST.finish(values)
+    words = [name.lower() for name in names]
+    if {"all", "none"}.isdisjoint(words):
+        return names
+    if len(words) > 1:
+        raise Refused("has all or none beside other names")
+    return words
+
+
+#: Which installed distributions may bring tasks.
+_PLUGINS = replace(
+    LIST,
+    expected="all, none, or names of installed distributions, by line or comma",
+    example="none",
+    finish=_plugins,
+)
+
+
+def _place(text: str) -> str:
+    words = ("auto", "database", "memory")
+    if text not in words and not re.match(r"(rediss?|sentinel|redis\+socket)://", text):
+        raise Refused(close=nearest(text, words))
+    return text
+
+
+#: Where one-instance locks are kept.
+_LOCKS = replace(
+    TEXT,
+    expected="auto, database, memory, or the URL of a Redis",
+    example="redis://localhost:6379/2",
+    finish=_place,
+)
+
 #: Settings of our own, ``ws_celery.*`` in the application's section.
 OUR_SETTINGS: dict[str, Kind] = {
+    "ws_celery.backup.keep": whole(1),
+    "ws_celery.backup.target": replace(
+        TEXT, expected="a folder, or a URL that fsspec knows", example="s3://bucket/shop"
+    ),
+    "ws_celery.backup.timeout": replace(_PATIENCE, example="1h"),
+    "ws_celery.base_url": BASE_URL,
+    "ws_celery.commands": COMMANDS,
+    "ws_celery.commands.timeout": replace(_PATIENCE, example="1h"),
+    "ws_celery.beat": BOOL,
+    "ws_celery.beat.poll": replace(_PATIENCE, example="2"),
+    "ws_celery.beat.table": replace(
+        TEXT, expected="the name of a table, with its schema or without", example="tasks.schedule"
+    ),
     "ws_celery.config_uri": replace(
         TEXT, expected="the INI file with the [celery...] sections", example="%(__file__)s"
     ),
     "ws_celery.dbsession": replace(
         TEXT, expected="the request's attribute with the SQLAlchemy session", example="dbsession"
     ),
+    "ws_celery.locks": _LOCKS,
+    "ws_celery.outbox": BOOL,
+    "ws_celery.outbox.lease": replace(_PATIENCE, example="300"),
+    "ws_celery.outbox.max_deliveries": whole(1),
+    "ws_celery.outbox.poll": replace(_PATIENCE, example="1"),
+    "ws_celery.outbox.table": replace(
+        TEXT, expected="the name of a table, with its schema or without", example="tasks.outbox"
+    ),
+    "ws_celery.propagate": replace(
+        NAMES,
+        expected="names of what travels with a task: locale, request_id, user, or your own",
+        example="locale, request_id, user",
+    ),
     "ws_celery.publish_timeout": _PATIENCE,
     "ws_celery.publish_cooldown": replace(_PATIENCE, example="5"),
+    "ws_celery.log_arguments": BOOL,
+    "ws_celery.mask_arguments": replace(
+        NAMES,
+        expected="names of arguments that are shown to nobody, or all",
+        example="email, iban",
+    ),
+    "ws_celery.plugins": _PLUGINS,
 }
 
 

@@ -10,21 +10,26 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 from pyramid.settings import falsey, truthy
 
-from ws_celery.converters import Refused, json_value, nearest, period
+from ws_celery.converters import Refused, json_value, moment, nearest, period
 
 __all__ = (
+    "BASE_URL",
     "BLANK",
     "BOOL",
     "BYTES",
     "FORMAT",
     "LIST",
     "MODULES",
+    "MOMENT",
+    "NAMES",
     "SECONDS",
     "TEXT",
     "WHOLE_SECONDS",
@@ -202,6 +207,12 @@ def _texts(values: Iterable[Any]) -> list[str]:
 _COLLECTIONS = (list, tuple, set, frozenset)
 LIST = Kind("list", "names, by line or comma", "first, second", _items, _COLLECTIONS, _texts)
 
+NAMES = replace(
+    LIST,
+    expected="names, by line or comma; or none at all",
+    finish=lambda values: _texts(values) if values else [],
+)
+
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -215,6 +226,25 @@ def _modules(values: Iterable[Any]) -> tuple[str, ...]:
 
 MODULES = Kind(
     "tuple", "module names, by line or comma", "myapp.tasks", _items, _COLLECTIONS, _modules
+)
+
+
+def _base_url(text: str) -> str:
+    try:
+        parts = urlsplit(_line(text))
+        whole = parts.hostname and parts.port != 0 and not re.search(r"[\s?#@]", text)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if parts.scheme not in ("http", "https") or not whole:
+        raise Refused
+    return text.rstrip("/")
+
+
+BASE_URL = Kind(
+    "URL",
+    "a URL that begins with http:// or https:// and has no query",
+    "https://shop.example.com",
+    _base_url,
 )
 
 
@@ -255,6 +285,22 @@ def _zones() -> set[str]:
 
 
 ZONE = Kind("timezone", "the name of a time zone, such as Europe/Berlin", "Europe/Berlin", _zone)
+
+
+def _aware(time: datetime) -> datetime:
+    if time.utcoffset() is None:
+        raise Refused("has no offset from UTC", f"{time.isoformat()}+00:00")
+    return time.astimezone(timezone.utc)
+
+
+MOMENT = Kind(
+    "time",
+    "a time with its offset from UTC, such as 2027-01-31T09:00+01:00",
+    "2027-01-31T09:00+01:00",
+    moment,
+    (datetime,),
+    _aware,
+)
 
 
 def _format(text: str) -> str:

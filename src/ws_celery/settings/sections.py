@@ -66,7 +66,8 @@ class Sections:
 
     ``settings`` are Celery's, typed; ``rows`` tell what was read and where; ``renamed`` are old
     spellings; ``call_options`` are options of calls, by task or glob, that Celery does not take
-    from a route.
+    from a route; ``entries`` are the schedule's, those that are switched off included, and
+    ``entries_of_code`` those of them that stand in Python.
 
     :param layers: what to read.
     :param faults: where to add what is wrong.
@@ -76,6 +77,8 @@ class Sections:
         self.settings: dict[str, Any] = {}
         self.rows: list[Setting] = []
         self.call_options: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.entries_of_code: dict[str, dict[str, Any]] = {}
         self._faults = faults
         gathering = Gathering(faults)
         gathering.gather(layers)
@@ -253,10 +256,13 @@ class Sections:
         given = self.settings.pop("beat_schedule", None)
         entries = self._given_entries(given, blocks) if given else {}
         for name, block in blocks.items():
-            entry = read_entry(block.values, block.place, self._faults)
-            if entry is not None:
-                entries[name] = entry
-                self.rows.append(Setting("entry", name, entry, block.place))
+            read = read_entry(block.values, block.place, self._faults)
+            if read is None:
+                continue
+            self.entries[name] = read.fields
+            if read.for_celery is not None:
+                entries[name] = read.for_celery
+                self.rows.append(Setting("entry", name, read.for_celery, block.place))
         if entries or given is not None:
             self.settings["beat_schedule"] = entries
 
@@ -264,17 +270,21 @@ class Sections:
         self, given: Mapping[str, Any], blocks: Mapping[str, Block]
     ) -> dict[str, Any]:
         place, entries = self._place("beat_schedule"), {}
+        in_python = place.section in ("code", "celeryconfig")
+        found = self.entries_of_code if in_python else self.entries
         for name, keys in given.items():
             where = place.key_beside(name)
-            if name in blocks:
+            if name in blocks and not in_python:
                 self._double(blocks[name], name, "beat_schedule")
             elif not isinstance(keys, Mapping):
                 self._faults.at(where, "is no object", expected='{"task": ..., "schedule": ...}')
             else:
                 values = {str(key): Value(value, where) for key, value in keys.items()}
-                entry = read_entry(values, where, self._faults)
-                if entry is not None:
-                    entries[name] = entry
+                read = read_entry(values, where, self._faults)
+                if read is not None:
+                    found[name] = read.fields
+                    if read.for_celery is not None:
+                        entries[name] = read.for_celery
         self._replace("beat_schedule", dict(entries))
         return entries
 

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from numbers import Real
 from typing import Any
 
 from celery.app.task import Context
 from kombu.serialization import loads
 
+from ws_celery.converters import nearest
 from ws_celery.dispatch import Publication
 
-__all__ = ("CapturedTask", "agrees", "described", "read", "task_name")
+__all__ = ("CapturedTask", "check_options", "described", "read", "task_name")
+
+#: The options that are read of a message, in the order in which they are shown.
+_OPTIONS = (
+    "queue",
+    "routing_key",
+    "priority",
+    "countdown",
+    "eta",
+    "expires",
+    "headers",
+    "task_id",
+    "shadow",
+    "time_limit",
+    "soft_time_limit",
+    "ignore_result",
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +46,27 @@ class CapturedTask:
     #: Keyword arguments, without the request.
     kwargs: dict[str, Any]
     #: Options of the call: ``queue``, ``routing_key``, ``priority``, ``countdown``, ``eta`` and
-    #: ``expires`` (datetimes), ``headers`` (yours only); those not given are missing.
+    #: ``expires`` (datetimes), ``headers`` (yours only), ``task_id``, ``shadow``, ``time_limit``,
+    #: ``soft_time_limit``, ``ignore_result``; those not given are missing.
     options: dict[str, Any] = field(default_factory=dict)
+    #: Seconds until it expires, counted from the call.
+    expiration: float | None = None
 
     def __str__(self) -> str:
-        shown = {name: value for name, value in self.options.items() if name != "routing_key"}
+        hidden = ("routing_key", "task_id")
+        shown = {name: value for name, value in self.options.items() if name not in hidden}
         return described(self.name, self.args, self.kwargs, shown)
+
+    def agrees(self, option: str, expected: Any) -> bool:
+        """Tell whether an option is as expected; of a mapping, the expected keys are compared."""
+        actual = self.options.get(option)
+        if option == "expires" and isinstance(expected, Real):
+            actual = self.expiration
+        if option == "ignore_result":
+            actual, expected = bool(actual), bool(expected)
+        if option == "headers" and isinstance(expected, Mapping):
+            return all((actual or {}).get(key) == value for key, value in expected.items())
+        return bool(actual == expected)
 
 
 def task_name(task: Any) -> str:
@@ -41,11 +74,19 @@ def task_name(task: Any) -> str:
     return task if isinstance(task, str) else task.name
 
 
-def agrees(actual: Any, expected: Any) -> bool:
-    """Tell whether an option is as expected; of a mapping, the expected keys are compared."""
-    if isinstance(actual, dict) and isinstance(expected, Mapping):
-        return all(actual.get(key) == value for key, value in expected.items())
-    return bool(actual == expected)
+def check_options(options: Iterable[str]) -> None:
+    """Refuse options that no message is asked for: each answer would be wrong.
+
+    :raises TypeError: if there is one.
+    """
+    for option in options:
+        if option not in _OPTIONS:
+            close = nearest(option, _OPTIONS)
+            meant = f"Did you mean {close}? " if close else ""
+            raise TypeError(
+                f"The option {option!r} is not read of a message. {meant}Write one of "
+                f"{', '.join(_OPTIONS)}."
+            )
 
 
 def described(
@@ -78,6 +119,7 @@ def read(publication: Publication, countdown: float | None) -> CapturedTask:
         publication.payload, content_type, options["content_encoding"], accept={content_type}
     )
     declared = options.get("declare")
+    time_limit, soft_time_limit = headers["timelimit"]
     found = {
         "queue": declared[0].name if declared else options.get("routing_key"),
         "routing_key": options.get("routing_key"),
@@ -86,6 +128,12 @@ def read(publication: Publication, countdown: float | None) -> CapturedTask:
         "eta": headers["eta"] and datetime.fromisoformat(headers["eta"]),
         "expires": headers["expires"] and datetime.fromisoformat(headers["expires"]),
         "headers": Context(headers).headers or None,
+        "task_id": headers["id"],
+        "shadow": headers["shadow"],
+        "time_limit": time_limit,
+        "soft_time_limit": soft_time_limit,
+        "ignore_result": headers["ignore_result"] or None,
     }
     given = {key: value for key, value in found.items() if value is not None}
-    return CapturedTask(headers["id"], headers["task"], args, kwargs, given)
+    expiration = options.get("expiration")
+    return CapturedTask(headers["id"], headers["task"], args, kwargs, given, expiration)

@@ -12,7 +12,7 @@ from kombu.serialization import dumps, loads
 
 from ws_celery.app import PyramidCelery
 from ws_celery.dispatch import Publication, immediately
-from ws_celery.testing.captured import CapturedTask, agrees, described, read, task_name
+from ws_celery.testing.captured import CapturedTask, check_options, described, read, task_name
 from ws_celery.testing.interception import Interception
 from ws_celery.testing.running import run_as_worker
 
@@ -64,8 +64,11 @@ class Capture(Sequence[CapturedTask]):
         :param task: a task, its name, or the last part of its name.
         :param args: positional arguments; if not given, any.
         :param kwargs: keyword arguments; if not given, any.
-        :param options: options of ``apply_async``. Of ``headers`` the given ones are compared.
+        :param options: options of ``apply_async`` that :attr:`CapturedTask.options` has. Of
+            ``headers`` the given ones are compared.
+        :raises TypeError: if an option is another one.
         """
+        check_options(options)
         name = task_name(task)
         wanted = {"args": None if args is None else list(args), "kwargs": kwargs}
         # As they will arrive: a tuple inside is a list then.
@@ -77,7 +80,7 @@ class Capture(Sequence[CapturedTask]):
             if name in (found.name, found.name.rpartition(".")[2])
             and wanted["args"] in (None, found.args)
             and wanted["kwargs"] in (None, found.kwargs)
-            and all(agrees(found.options.get(key), value) for key, value in options.items())
+            and all(found.agrees(option, value) for option, value in options.items())
         ]
 
     # Assertions

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, TypeGuard
+from typing import Any
 
 from celery.backends.base import DisabledBackend
-from celery.backends.cache import CacheBackend
 from pyramid.events import NewRequest
 from pyramid.interfaces import INewRequest
 from pyramid.path import DottedNameResolver
 
 from ws_celery.app import PyramidCelery
 from ws_celery.dispatch import Publication, RecordingProducer
-from ws_celery.eager import EagerCall
+from ws_celery.eager import MemoryBackend
 from ws_celery.request import calling_request
 from ws_celery.testing.running import attribute
 
@@ -34,7 +33,7 @@ class Interception:
     def __init__(self, app: PyramidCelery, environ: Mapping[str, Any] | None = None) -> None:
         self.app = app
         self.environ = dict(environ or {})
-        self._sent: list[Publication | EagerCall] = []
+        self._sent: list[Publication] = []
         self._transactions: list[Any] = []
         self._countdowns: dict[str, Any] = {}
         self._outer: Interception | None = app.__dict__.get("captured_by")
@@ -107,14 +106,12 @@ class Interception:
         self._send_task = app.send_task
         self._replace("producer_or_acquire", self._producer_or_acquire)
         self._replace("publish", self._sent.extend)
+        # A row would be of a message that is not sent.
+        self._replace("outbox", None)
         self._replace("send_task", self._note_countdown)
-        if app.conf.task_always_eager:
-            # Eager calls are never sent.
-            app.conf.task_always_eager = False
-            self._stack.callback(setattr, app.conf, "task_always_eager", True)
         if not isinstance(app.backend, DisabledBackend):
             # Results in memory: AsyncResult.get() and chords work without a service.
-            self._replace("_backend_cache", CacheBackend(app=app, url="memory://"))
+            self._replace("_backend_cache", MemoryBackend(app))
         self.look_at(self.environ.get("tm.manager"))
         app.registry.registerHandler(self._watch_request, (INewRequest,))
         self._stack.callback(app.registry.unregisterHandler, self._watch_request, (INewRequest,))
@@ -125,12 +122,11 @@ class Interception:
     def _producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
         if isinstance(producer, RecordingProducer):
             return nullcontext(producer)
-        transactions, request = self.app.transactions, calling_request()
-        recorder = transactions.recorder(self.app, request) if producer is None else None
+        recorder = self.app.recorder() if producer is None else None
         if recorder is None:
             connection = self.app.producer_pool.connections.connection
             return nullcontext(RecordingProducer(connection, self._sent))
-        self._watch(transactions.current(request))
+        self._watch(self.app.transactions.current(calling_request()))
         return nullcontext(recorder)
 
     def _note_countdown(self, name: str, *args: Any, **options: Any) -> Any:
@@ -162,9 +158,9 @@ class Interception:
             del _recorded(self.app, self.app.transactions.current(request))[count:]
 
 
-def _is_task(recorded: Publication | EagerCall) -> TypeGuard[Publication]:
-    """Tell a task's message from an event that travels along and from an eager call."""
-    return isinstance(recorded, Publication) and recorded.task_id is not None
+def _is_task(publication: Publication) -> bool:
+    """Tell a task's message from an event that travels along."""
+    return publication.task_id is not None
 
 
 def _recorded(app: PyramidCelery, txn: Any) -> list[Publication]:

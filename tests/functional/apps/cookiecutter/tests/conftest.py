@@ -10,6 +10,7 @@ from sqlalchemy import create_engine
 from webtest import TestApp
 
 from ws_celery import get_celery_app
+from ws_celery.outbox import outbox_table
 
 pytest_plugins = ["celery.contrib.pytest", "ws_celery.testing"]
 
@@ -32,9 +33,11 @@ def app_settings(pytestconfig):
 @pytest.fixture(scope="session")
 def dbengine(app_settings):
     engine = create_engine(app_settings["sqlalchemy.url"])
-    models.Base.metadata.create_all(engine)
+    for metadata in (models.Base.metadata, outbox_table().metadata):
+        metadata.create_all(engine)
     yield engine
-    models.Base.metadata.drop_all(engine)
+    for metadata in (models.Base.metadata, outbox_table().metadata):
+        metadata.drop_all(engine)
     engine.dispose()
 
 

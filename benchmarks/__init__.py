@@ -1,0 +1,1 @@
+"""What ws_celery costs, measured side by side with Celery alone: ``make bench``."""

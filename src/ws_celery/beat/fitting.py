@@ -1,0 +1,65 @@
+"""Whether an application can run an entry: its task, its arguments, its next tick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Any
+
+from ws_celery.beat.entry import Entry
+from ws_celery.beat.overlap import nothing_tells
+from ws_celery.beat.ticks import due_tick
+from ws_celery.converters import nearest
+
+__all__ = ("fitted",)
+
+
+def fitted(entries: Mapping[str, Entry], app: Any) -> dict[str, Entry]:
+    """Return entries as the application will run them, those that it cannot run set aside.
+
+    :param entries: by name, as :func:`ws_celery.beat.merging.merge` returns them.
+    :param app: the Celery app; its time zone is that of a crontab without one.
+    """
+    return {name: _fitted(entry, app) for name, entry in entries.items()}
+
+
+def _fitted(entry: Entry, app: Any) -> Entry:
+    if entry.schedule is not None:
+        entry.schedule.app = app
+    if entry.problem is not None:
+        return entry
+    return replace(entry, problem=_problem(entry, app))
+
+
+def _problem(entry: Entry, app: Any) -> str | None:
+    task = app.tasks.get(entry.task)
+    if task is None:
+        close = nearest(entry.task, app.tasks)
+        meant = f"did you mean {close}? Else call" if close else "call"
+        return (
+            f"the task {entry.task!r} is not registered; {meant} config.scan() on its module, or "
+            "list the module under `imports` in the [celery] section"
+        )
+    try:
+        if task.typing:
+            task.__header__(*entry.args, **entry.kwargs)
+    except TypeError as error:
+        return f"the arguments do not fit {entry.task}: {error}"
+    return _problem_of_overlap(entry, app) or _problem_of_timing(entry)
+
+
+def _problem_of_overlap(entry: Entry, app: Any) -> str | None:
+    reason = nothing_tells(app, entry) if entry.overlap == "skip" else None
+    return reason and (
+        "overlap = skip needs to know when the last run has ended, and nothing tells it: the task "
+        f"has no row in an outbox, and {reason}. Set overlap = allow, or keep its results"
+    )
+
+
+def _problem_of_timing(entry: Entry) -> str | None:
+    try:
+        due_tick(entry, None, datetime.now(timezone.utc))
+    except Exception as error:  # noqa: BLE001 - schedules are the application's own classes, too
+        return f"the schedule cannot tell its next tick: {error}"
+    return None

@@ -1,0 +1,53 @@
+"""``ws-celery result``: Celery's command, but that it knows of what nothing will come."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from time import sleep
+from typing import Any
+
+import click
+from celery import states
+from celery.backends.base import DisabledBackend
+from celery.bin.result import result as celery_result
+
+from ws_celery.exceptions import NoSuchResult, TaskNotRegistered
+from ws_celery.inspection.result_backend import answering, backend_of
+from ws_celery.locks import SKIPPED
+
+__all__ = ("result",)
+
+#: Seconds between two looks.
+_INTERVAL = 0.5
+
+
+@click.pass_context
+def _result(context: click.Context, /, task_id: str, task: str | None, traceback: bool) -> None:
+    """Print the return value for a given task id."""
+    app = context.obj.app
+    if task and task not in app.tasks:
+        raise TaskNotRegistered(task)
+    if isinstance(backend_of(app), DisabledBackend):
+        raise NoSuchResult(task_id)
+    with answering():
+        result = (app.tasks[task] if task else app).AsyncResult(task_id)
+        value = result.traceback if traceback else _awaited(result)
+    if not traceback:
+        result.maybe_throw()  # out there, since what a task has raised may look the same
+    context.obj.echo(value)
+
+
+def _awaited(result: Any) -> Any:
+    """Return what a run returns or raises; its ``get()`` would wait for a skipped one for ever."""
+    while (state := result.state) not in states.READY_STATES:
+        if state == SKIPPED:
+            said = result.info
+            reason = said.get("reason", said) if isinstance(said, Mapping) else said
+            raise click.ClickException(f"The task {result.id} did not run: {reason}.")
+        sleep(_INTERVAL)
+    return result.get(propagate=False)
+
+
+result = copy.copy(celery_result)
+result.callback = _result

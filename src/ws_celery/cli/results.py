@@ -1,0 +1,108 @@
+"""``ws-celery results``: how runs have ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import click
+
+from ws_celery import inspection
+from ws_celery.cli.tables import arguments_of, table, time_of
+from ws_celery.cli.values import LIMIT
+from ws_celery.inspection import Result
+
+__all__ = ("results",)
+
+_HEADINGS = ("ID", "TASK", "STATE", "DONE", "RESULT")
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def _time(_context: Any, _option: Any, value: str | None) -> datetime | None:
+    """Return the time that ``2035-01-31T12:00``, ``30m``, ``2h`` or ``7d`` mean."""
+    units = {"m": "minutes", "h": "hours", "d": "days"}
+    if value is None:
+        return None
+    try:
+        if value[-1:] in units:
+            ago = timedelta(**{units[value[-1]]: float(value[:-1])})
+            return datetime.now(timezone.utc) - ago
+        return datetime.fromisoformat(value)
+    except (OverflowError, ValueError):
+        text = f"{value!r} is no time; write 2035-01-31T12:00 (UTC), 30m, 2h or 7d."
+        raise click.BadParameter(text) from None
+
+
+@click.group(invoke_without_command=True)
+@click.option("--state", help="Only those in this state, such as FAILURE.")
+@click.option("--task", help="Only those of this task.")
+@click.option("--since", callback=_time, help="Only what ended then or later: UTC, or 2h.")
+@click.option("--until", callback=_time, help="Only what ended before then.")
+@click.option("--limit", type=LIMIT, default=100, show_default=True)
+@_as_json
+@click.pass_context
+def results(
+    context: click.Context, /, since: Any, until: Any, as_json: bool, **wanted: Any
+) -> None:
+    """List results, the youngest first; show or forget one."""
+    if context.invoked_subcommand is not None:
+        return
+    found = inspection.stored_results(context.obj.app, between=(since, until), **wanted)
+    if as_json:
+        click.echo(json.dumps([each.as_dict() for each in found], indent=2, default=str))
+        return
+    if found:
+        for line in table(_HEADINGS, [_cells(each) for each in found], 4, 1):
+            click.echo(line)
+    click.echo(f"{len(found)} shown.")
+
+
+@results.command
+@click.argument("task_id", metavar="ID")
+@_as_json
+@click.pass_context
+def show(context: click.Context, task_id: str, as_json: bool) -> None:
+    """Show the result of a task, from any result backend."""
+    result = inspection.result_of(context.obj.app, task_id)
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), indent=2, default=str))
+        return
+    for line in _lines(result):
+        click.echo(line)
+
+
+@results.command
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def forget(context: click.Context, ids: Sequence[str], yes: bool) -> None:
+    """Delete results, for ever."""
+    counted = "1 result" if len(ids) == 1 else f"{len(ids)} results"
+    if not yes:
+        click.confirm(f"Delete {counted}, for ever?", abort=True)
+    inspection.forget_results(context.obj.app, *ids)
+    click.echo(f"Deleted {counted}.")
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    shown = "" if result.result is None else json.dumps(result.result, default=str)
+    return result.id, result.task or "-", result.state, time_of(result.done), shown
+
+
+def _lines(result: Result) -> Iterator[str]:
+    fields = {
+        **result.as_dict(),
+        "done": time_of(result.done),
+        "result": json.dumps(result.result, default=str),
+        "arguments": result.arguments and arguments_of(result.arguments),
+    }
+    traceback = fields.pop("traceback")
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        if value not in (None, ""):
+            yield f"{name.ljust(width)}  {value}"
+    if traceback:
+        yield f"\n{traceback.rstrip()}"

@@ -1,0 +1,45 @@
+"""One-instance locks: who holds them, and taking one away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ws_celery.applications import get_celery_app
+from ws_celery.exceptions import NoSuchLock
+from ws_celery.locks import Holder
+
+__all__ = ("Holder", "free_lock", "lock_holder", "lock_holders")
+
+
+def lock_holders(source: Any) -> list[Holder]:
+    """Return who holds locks of ``@one_instance``, in the order of their keys.
+
+    :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
+        functions.
+    :raises LocksUnavailable: if what keeps them does not answer.
+    """
+    holders: list[Holder] = get_celery_app(source).locks.store.holders()
+    return holders
+
+
+def lock_holder(source: Any, key: str) -> Holder:
+    """Return who holds the lock of a key.
+
+    :raises NoSuchLock: if nobody does.
+    :raises LocksUnavailable: if what keeps it does not answer.
+    """
+    holder: Holder | None = get_celery_app(source).locks.store.holder_of(key)
+    if holder is None:
+        raise NoSuchLock(key)
+    return holder
+
+
+def free_lock(source: Any, holder: Holder) -> None:
+    """Take a lock away from this holder: another run with its key may begin, though he goes on.
+
+    :param holder: what :func:`lock_holder` has returned; another one keeps the lock.
+    :raises NoSuchLock: if he does not hold it any more.
+    :raises LocksUnavailable: if what keeps it does not answer.
+    """
+    if not get_celery_app(source).locks.store.free(holder):
+        raise NoSuchLock(holder.key)

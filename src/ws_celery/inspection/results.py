@@ -1,0 +1,192 @@
+"""Results of tasks: those of Celery's database backend as a list, those of others by id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone, tzinfo
+from typing import Any
+
+from celery import states
+from celery.backends.base import DisabledBackend
+
+from ws_celery.applications import get_celery_app
+from ws_celery.exceptions import NoSuchResult, ResultsNotListed
+from ws_celery.inspection.messages import time_of
+from ws_celery.inspection.result_backend import answering, backend_of, in_zone, zone_of
+from ws_celery.locks import SKIPPED
+from ws_celery.masking import masked, masked_text
+from ws_celery.shown_arguments import shown_arguments
+
+__all__ = ("Result", "forget_results", "result_of", "stored_results")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run has ended, or how far it is.
+
+    :param id: of the task.
+    :param state: ``SUCCESS``, ``FAILURE``, ``RETRY``, ``STARTED``, ``REVOKED``, ``SKIPPED`` or one
+        of a task's own.
+    :param task: its name; as all that follows ``traceback`` only with ``result_extended = true``.
+    :param done: when it has ended, in UTC.
+    :param result: what was returned, or the error, its secrets masked.
+    :param traceback: of an error, its secrets masked.
+    :param arguments: ``args`` and ``kwargs``, their secrets masked.
+    """
+
+    id: str
+    state: str
+    task: str | None
+    done: datetime | None
+    result: Any = field(repr=False)
+    traceback: str | None = field(repr=False)
+    arguments: Mapping[str, Any] | None = field(repr=False)
+    worker: str | None = None
+    queue: str | None = None
+    retries: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, the time as JSON has it; the result is whatever it is."""
+        return {**asdict(self), "done": self.done and self.done.isoformat()}
+
+
+def stored_results(
+    source: Any,
+    *,
+    state: str | None = None,
+    task: str | None = None,
+    between: tuple[datetime | None, datetime | None] = (None, None),
+    limit: int = 100,
+) -> list[Result]:
+    """Return results, the youngest first; what has not ended comes last.
+
+    :param source: a registry, or what has one: a request, a Celery app.
+    :param state: only those in this state.
+    :param task: only those of the task of this name; needs ``result_extended = true``.
+    :param between: only what was stored at the first time or later, and before the second one; a
+        time without zone is UTC.
+    :param limit: how many at most.
+    :raises ResultsNotListed: if they are not in a database, or have no names of tasks to look for.
+    :raises ResultsUnavailable: if the database does not answer.
+    """
+    app = get_celery_app(source)
+    backend = backend_of(app)
+    columns = getattr(backend, "task_cls", None)
+    if columns is None or not hasattr(backend, "ResultSession"):
+        raise ResultsNotListed(_kind(backend))
+    if task is not None and not hasattr(columns, "name"):
+        raise ResultsNotListed("without result_extended")
+    since, until = between
+    with _database(backend) as session:
+        zone = zone_of(app, session)
+        conditions = [
+            *([columns.status == state.upper()] if state else []),
+            *([columns.name == task] if task else []),
+            *([columns.date_done >= in_zone(since, zone)] if since else []),
+            *([columns.date_done < in_zone(until, zone)] if until else []),
+        ]
+        # What has not ended comes last, as MariaDB can say it, too.
+        order = columns.date_done.is_(None), columns.date_done.desc()
+        query = session.query(columns).filter(*conditions).order_by(*order)
+        found = [each.to_dict() for each in query.limit(limit)]
+    return [_result(app, _decoded(backend, each), zone) for each in found]
+
+
+def result_of(source: Any, task_id: str) -> Result:
+    """Return what is known of a run by the id of its task, from any result backend.
+
+    :raises NoSuchResult: if nothing is.
+    :raises ResultsUnavailable: if the backend does not answer.
+    """
+    app = get_celery_app(source)
+    backend = backend_of(app)
+    found = _found(backend, task_id)
+    if not hasattr(backend, "ResultSession"):
+        return _result(app, found)
+    with _database(backend) as session:
+        zone = zone_of(app, session)
+    return _result(app, found, zone)
+
+
+def forget_results(source: Any, *ids: str) -> None:
+    """Delete results.
+
+    :raises NoSuchResult: for the first one that is not there; those before it are deleted.
+    """
+    backend = backend_of(get_celery_app(source))
+    for task_id in ids:
+        _found(backend, task_id)
+        with answering():
+            backend.forget(task_id)
+
+
+@contextmanager
+def _database(backend: Any) -> Iterator[Any]:
+    with answering():
+        session = backend.ResultSession()
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def _found(backend: Any, task_id: str) -> dict[str, Any]:
+    if isinstance(backend, DisabledBackend):
+        raise NoSuchResult(task_id)
+    with answering():
+        found: dict[str, Any] = backend.get_task_meta(task_id, cache=False)
+    if found["status"] == states.PENDING:
+        raise NoSuchResult(task_id)
+    return {"task_id": task_id, **found}
+
+
+def _result(app: Any, found: Mapping[str, Any], zone: tzinfo = timezone.utc) -> Result:
+    name, traceback = found.get("name"), found.get("traceback")
+    done = found.get("date_done")
+    if isinstance(done, datetime) and done.tzinfo is None:
+        done = done.replace(tzinfo=zone)
+    call = found.get("args"), found.get("kwargs")
+    return Result(
+        id=found["task_id"],
+        state=found["status"],
+        task=name,
+        done=time_of(done),
+        result=_shown(found.get("result"), found["status"]),
+        traceback=traceback and masked_text(traceback),
+        arguments=None if call == (None, None) else shown_arguments(app, name, *call),
+        worker=found.get("worker"),
+        queue=found.get("queue"),
+        retries=found.get("retries"),
+    )
+
+
+def _shown(value: Any, state: str) -> Any:
+    if isinstance(value, BaseException):
+        return masked_text(f"{type(value).__name__}: {value}")
+    if state == SKIPPED and isinstance(value, Mapping) and isinstance(value.get("holder"), Mapping):
+        # The key is that of a lock, and the token tells holders apart.
+        holder = {name: masked("", each) for name, each in value["holder"].items()}
+        return {**{name: masked("", each) for name, each in value.items()}, "holder": holder}
+    return masked("", value)
+
+
+def _decoded(backend: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **row,
+        **{key: _read(backend, row[key]) for key in ("result", "args", "kwargs") if row.get(key)},
+    }
+
+
+def _read(backend: Any, stored: Any) -> Any:
+    try:
+        return backend.decode(stored)
+    except Exception as error:  # noqa: BLE001  whatever was written there; it is shown
+        return f"(cannot be read: {type(error).__name__})"
+
+
+def _kind(backend: Any) -> str:
+    if isinstance(backend, DisabledBackend):
+        return "none"
+    return str(type(backend).__name__.removesuffix("Backend"))

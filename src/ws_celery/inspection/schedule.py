@@ -1,0 +1,244 @@
+"""The schedule as people see it: its entries, what overrides what, what comes.
+
+Without a schedule in the database, what code and INI say is there, and nothing of what ran.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from itertools import islice
+from typing import Any
+
+from ws_celery.applications import get_celery_app
+from ws_celery.beat.entry import FIELDS, Entry, Known
+from ws_celery.beat.sources import entries_of, entry_of, fields_by_source
+from ws_celery.beat.ticks import ticks_between
+from ws_celery.exceptions import NoSuchEntry, ScheduleNotOn
+from ws_celery.masking import masked
+
+__all__ = (
+    "ComingTick",
+    "ScheduleEntry",
+    "as_json",
+    "coming_ticks",
+    "create_schedule",
+    "look",
+    "schedule_entries",
+    "schedule_entry",
+)
+
+_FOREVER = datetime.max.replace(tzinfo=timezone.utc)
+#: Fields that may hold secrets.
+_ARGUMENTS = ("args", "kwargs", "options")
+
+
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """An entry of the schedule, and where it stands.
+
+    :param name: its name.
+    :param task: the name of its task.
+    :param schedule: when it runs, in words.
+    :param state: ``on``; ``off``; ``ended``, if there is no tick to come; ``set aside``, with a
+        problem; ``orphaned``, if it was edited in the database and code and INI have it no more.
+    :param problem: why it is set aside.
+    :param origin: which source has made it: ``code``, ``ini`` or ``database``.
+    :param origins: which source each of its fields is from.
+    :param overridden: what other sources say of a field, which does not count: field to source to
+        value.
+    :param last_tick: the tick that was sent last, as all times here in UTC; ``None`` if there was
+        none, or nobody keeps it.
+    :param next_tick: the tick that comes next.
+    :param run_requested_at: since when somebody wants it to be run now.
+    :param task_id: the id of the task that was sent last.
+    :param fields: all that is said of it, as the INI has it, secrets masked.
+    """
+
+    name: str
+    task: str
+    schedule: str
+    state: str
+    problem: str | None
+    origin: str
+    origins: Mapping[str, str]
+    overridden: Mapping[str, Mapping[str, Any]]
+    last_tick: datetime | None
+    next_tick: datetime | None
+    run_requested_at: datetime | None
+    task_id: str | None
+    fields: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def edited(self) -> list[str]:
+        """The fields that the database says of an entry that another source has made."""
+        if self.origin == "database":
+            return []
+        return [name for name in FIELDS if self.origins.get(name) == "database"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON has it."""
+        return as_json({**asdict(self), "edited": self.edited})
+
+
+@dataclass(frozen=True)
+class ComingTick:
+    """A tick to come.
+
+    :param time: when, in UTC.
+    :param name: of the entry.
+    :param task: the name of its task.
+    """
+
+    time: datetime
+    name: str
+    task: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the tick as JSON has it."""
+        return as_json(asdict(self))
+
+
+def create_schedule(source: Any) -> bool:
+    """Create the table of the schedule if it is missing.
+
+    :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
+        functions.
+    :return: whether it was missing.
+    :raises ScheduleNotOn: if the application keeps no schedule in its database.
+    :raises ScheduleTableError: if there is a table of its name with other columns.
+    """
+    app = get_celery_app(source)
+    if app.schedule is None:
+        raise ScheduleNotOn
+    created: bool = app.schedule.create_table()
+    return created
+
+
+def schedule_entries(source: Any) -> list[ScheduleEntry]:
+    """Return all entries by name: also those that are off, set aside or orphaned."""
+    app, known, now = look(source)
+    entries, said = entries_of(app, known), fields_by_source(app)
+    return [_shown(entries[name], _known(known, name), now, said) for name in sorted(entries)]
+
+
+def schedule_entry(source: Any, name: str) -> ScheduleEntry:
+    """Return one entry.
+
+    :raises NoSuchEntry: if there is none of this name.
+    """
+    app, known, now = look(source)
+    entry = entry_of(app, name, known.get(name))
+    if entry is None:
+        raise NoSuchEntry(name)
+    return _shown(entry, _known(known, name), now, fields_by_source(app))
+
+
+def coming_ticks(
+    source: Any, within: timedelta, names: Iterable[str] = (), limit: int | None = 1000
+) -> list[ComingTick]:
+    """Return the ticks to come, the earliest first.
+
+    Without a schedule in the database, those of a period are counted from now.
+
+    :param within: how far to look ahead.
+    :param names: of entries; of all that are on if there are none.
+    :param limit: how many at most.
+    :raises NoSuchEntry: if there is no entry of a name.
+    """
+    app, known, now = look(source)
+    entries = entries_of(app, known)
+    wanted = list(names) or list(entries)
+    for name in wanted:
+        if name not in entries:
+            raise NoSuchEntry(name)
+    ticks = (_coming(entries[name], _known(known, name), now, now + within) for name in wanted)
+    return list(islice(heapq.merge(*ticks, key=lambda tick: (tick.time, tick.name)), limit))
+
+
+def look(source: Any) -> tuple[Any, dict[str, Known], datetime]:
+    """Return the app, what the database knows of its schedule, and the time by its clock."""
+    app = get_celery_app(source)
+    if app.schedule is None:
+        return app, {}, datetime.now(timezone.utc)
+    with app.schedule.begin() as connection:
+        return app, app.schedule.load(connection), app.schedule.now(connection)
+
+
+def _known(known: Mapping[str, Known], name: str) -> Known:
+    return known.get(name) or Known(name, "")
+
+
+def _shown(entry: Entry, known: Known, now: datetime, said: Mapping[str, Any]) -> ScheduleEntry:
+    last = known.last_run_at
+    entry, coming = _with_coming(entry, last, now)
+    return ScheduleEntry(
+        name=entry.name,
+        task=entry.task,
+        schedule=entry.words,
+        state=_state(entry, coming),
+        problem=entry.problem,
+        origin=known.origin if entry.orphaned else entry.origin,
+        origins=dict(entry.origins),
+        overridden=_overridden(entry, said),
+        last_tick=known.last_tick,
+        next_tick=coming,
+        run_requested_at=known.run_requested_at,
+        task_id=known.task_id,
+        fields=_masked(entry.as_fields()),
+    )
+
+
+def _with_coming(
+    entry: Entry, last: datetime | None, now: datetime
+) -> tuple[Entry, datetime | None]:
+    """Return an entry and its next tick; with a problem, if it cannot tell that."""
+    if not entry.ticks:
+        return entry, None
+    try:
+        return entry, next(ticks_between(entry, last, now, _FOREVER), None)
+    except Exception as error:  # noqa: BLE001 - one schedule must not hide the others
+        return replace(entry, problem=f"the schedule cannot tell its next tick: {error}"), None
+
+
+def _state(entry: Entry, coming: datetime | None) -> str:
+    if entry.orphaned:
+        return "orphaned"
+    if entry.problem is not None:
+        return "set aside"
+    if not entry.enabled:
+        return "off"
+    return "ended" if coming is None else "on"
+
+
+def _overridden(entry: Entry, said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for source, entries in said.items():
+        for name, value in _masked(entries.get(entry.name, {})).items():
+            if entry.origins.get(name) != source:
+                found.setdefault(name, {})[source] = as_json(value)
+    return found
+
+
+def _masked(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: masked("", value) if name in _ARGUMENTS else value for name, value in fields.items()
+    }
+
+
+def _coming(entry: Entry, known: Known, now: datetime, until: datetime) -> Iterator[ComingTick]:
+    if entry.ticks:
+        for time in ticks_between(entry, known.last_run_at, now, until):
+            yield ComingTick(time, entry.name, entry.task)
+
+
+def as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, datetime):
+        return value.astimezone(timezone.utc).isoformat()
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

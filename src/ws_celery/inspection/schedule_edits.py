@@ -1,0 +1,278 @@
+"""Editing the schedule in the database.
+
+What beats would set aside is refused here, with the reason. Running beats see a change within
+seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from ws_celery.applications import get_celery_app
+from ws_celery.beat.entry import FIELDS, TIMING, Entry, Known, problem_of_name
+from ws_celery.beat.sources import entry_of
+from ws_celery.beat.ticks import next_tick
+from ws_celery.converters import nearest
+from ws_celery.exceptions import EntryRefused, NoSuchEntry, ScheduleNotOn
+
+__all__ = (
+    "Editing",
+    "EntryIsOver",
+    "add_schedule_entry",
+    "disable_schedule_entry",
+    "edit_schedule_entry",
+    "editing",
+    "enable_schedule_entry",
+    "remove_schedule_entry",
+    "run_schedule_entry",
+)
+
+#: Where an entry of a source is written.
+_WHERE = {"code": "the application's code", "ini": "the INI file", "database": "the database"}
+
+
+def add_schedule_entry(source: Any, name: str, fields: Mapping[str, Any]) -> None:
+    """Add an entry to the schedule.
+
+    :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
+        functions; each of them raises ``ScheduleNotOn``, ``ScheduleTableError`` and
+        ``ScheduleUnavailable`` (see :mod:`ws_celery.exceptions`).
+    :param name: a new one.
+    :param fields: those of ``[celerybeat:NAME]``, as texts or as JSON has them.
+    :raises EntryRefused: if there is one of this name, or beat would set it aside.
+    """
+    with editing(source) as edit:
+        found = edit.entry(name)
+        if found is not None:
+            raise EntryRefused(
+                name,
+                f"there is one of this name, from {_WHERE[found.origin]}. Change it with "
+                f"`ws-celery schedule edit {name}`, or choose another name",
+            )
+        edit.save(name, fields)
+
+
+def edit_schedule_entry(
+    source: Any, name: str, fields: Mapping[str, Any], reset: Iterable[str] = ()
+) -> None:
+    """Change fields of an entry, wherever it comes from.
+
+    :param fields: the new values; see :func:`add_schedule_entry`.
+    :param reset: names of fields that are to be again what code or INI say, or nothing.
+    :raises NoSuchEntry: if there is none of this name.
+    :raises EntryRefused: if beat would set it aside.
+    """
+    with editing(source) as edit:
+        entry = edit.find(name)
+        given = _with_whole_timing(entry, fields)
+        edit.save(name, {**dict.fromkeys(_whole_reset(name, reset)), **given})
+
+
+def enable_schedule_entry(source: Any, name: str) -> None:
+    """Switch an entry on; what it has missed meanwhile is not caught up with."""
+    with editing(source) as edit:
+        _refuse_unfit(edit.find(name))
+        edit.save(name, {"enabled": None if edit.is_enabled_by_others(name) else True})
+
+
+def disable_schedule_entry(source: Any, name: str) -> None:
+    """Switch an entry off: it has no ticks until it is switched on.
+
+    :raises EntryRefused: if what the database says of it cannot be read: it would be lost.
+    """
+    with editing(source) as edit:
+        entry = edit.find(name)
+        edit.refuse_unreadable(name)
+        # Not by save(): what beat sets aside can be switched off, too.
+        edit.store.disable(name, origin=edit.origin(name, entry), connection=edit.connection)
+
+
+def remove_schedule_entry(source: Any, name: str) -> None:
+    """Delete an entry of the database, or what was edited of another one.
+
+    :raises EntryRefused: if there is nothing of it in the database.
+    """
+    with editing(source) as edit:
+        entry, known = edit.find(name), edit.known.get(name)
+        if known is None or not (known.fields or known.problem or known.origin == "database"):
+            raise EntryRefused(
+                name,
+                f"it is from {_WHERE[entry.origin]}, and nothing of it was edited. Delete it "
+                f"there, or switch it off with `ws-celery schedule disable {name}`",
+            )
+        edit.store.remove(name, edit.connection)
+        after = entry_of(edit.app, name, replace(known, fields={}, problem=None))
+        if known.origin != "database" and after is not None and _begins_anew(entry, after):
+            edit.store.restart(name, known.origin, edit.connection)
+
+
+def run_schedule_entry(source: Any, name: str) -> None:
+    """Let a beat send an entry now, once, whatever its schedule says.
+
+    :raises EntryRefused: if beat cannot send it.
+    """
+    with editing(source) as edit:
+        entry = edit.find(name)
+        _refuse_unfit(entry)
+        edit.store.request_run(name, origin=edit.origin(name, entry), connection=edit.connection)
+
+
+class EntryIsOver(EntryRefused):
+    """An entry has no tick to come."""
+
+
+class Editing:
+    """One transaction in which entries are edited.
+
+    :param app: the Celery app.
+    :param connection: to the database, its transaction begun.
+    """
+
+    def __init__(self, app: Any, connection: Any) -> None:
+        self.app = app
+        self.store = app.schedule
+        self.connection = connection
+        self.known: dict[str, Known] = self.store.load(connection)
+        self.now: datetime = self.store.now(connection)
+
+    def entry(self, name: str) -> Entry | None:
+        """Return an entry, ``None`` if there is none of this name."""
+        return entry_of(self.app, name, self.known.get(name))
+
+    def find(self, name: str) -> Entry:
+        """Return an entry.
+
+        :raises NoSuchEntry: if there is none of this name.
+        """
+        entry = self.entry(name)
+        if entry is None:
+            raise NoSuchEntry(name)
+        return entry
+
+    def origin(self, name: str, entry: Entry | None) -> str:
+        """Return the source that has made an entry, which may be a new one."""
+        known = self.known.get(name)
+        if entry is None:
+            return "database"  # whatever had its name before
+        return known.origin if known else entry.origin
+
+    def is_enabled_by_others(self, name: str) -> bool:
+        """Tell whether an entry is on as long as nobody has edited that."""
+        known = self.known.get(name) or Known(name, "database")
+        rest = {key: value for key, value in known.fields.items() if key != "enabled"}
+        return _merged(self.app, replace(known, fields=rest)).enabled
+
+    def refuse_unreadable(self, name: str) -> None:
+        """Make sure that what the database says of an entry can be read.
+
+        :raises EntryRefused: if not, because an edit of one field would take the place of it all.
+        """
+        known = self.known.get(name)
+        if known is not None and known.problem is not None:
+            raise EntryRefused(
+                name,
+                f"{known.problem}, and would be lost. Mend them in the table by SQL, give all of "
+                f"them anew with `ws-celery schedule edit {name}`, or delete them with "
+                f"`ws-celery schedule remove {name}`",
+            )
+
+    def save(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Save fields of an entry, if beat will run what comes of them.
+
+        :param fields: the edited ones; ``None`` takes one back.
+        :raises EntryRefused: if beat would set the entry aside.
+        """
+        _check_name(name)
+        before, known = self.entry(name), self.known.get(name)
+        if before is not None:
+            _refuse_orphan(before)
+        origin = self.origin(name, before)
+        left = _given({**(known.fields if known else {}), **fields})
+        after = _merged(self.app, Known(name, origin, left))
+        _refuse_unfit(after)
+        anew = before is None or _begins_anew(before, after)
+        if anew and after.enabled and next_tick(after, self.now) is None:
+            raise EntryIsOver(name, f"it would never run: {after.words} is past")
+        edited = {field: after.values[field] if field in left else None for field in fields}
+        if "type" not in left and not isinstance(left.get("schedule", ""), (str, Mapping)):
+            edited["type"] = after.type  # of a number; its text alone has none
+        _refuse_unfit(_merged(self.app, Known(name, origin, _given({**left, **edited}))))
+        self.store.save(name, origin=origin, connection=self.connection, **edited)
+        if anew:
+            self.store.restart(name, origin, self.connection)
+
+
+@contextmanager
+def editing(source: Any) -> Iterator[Editing]:
+    """Open a transaction in which entries are edited, and commit it at the end.
+
+    :raises ScheduleNotOn: if the application keeps no schedule in its database.
+    """
+    app = get_celery_app(source)
+    if app.schedule is None:
+        raise ScheduleNotOn
+    with app.schedule.begin() as connection:
+        yield Editing(app, connection)
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_name(name: str) -> None:
+    problem = problem_of_name(name)
+    if problem is not None:
+        raise EntryRefused(name, problem)
+
+
+def _merged(app: Any, known: Known) -> Entry:
+    """Return what an entry would be that is no orphan."""
+    entry = entry_of(app, known.name, known)
+    assert entry is not None  # noqa: S101 - each source that makes one says something
+    return entry
+
+
+def _refuse_orphan(entry: Entry) -> None:
+    if entry.orphaned:
+        raise EntryRefused(
+            entry.name,
+            "code and INI have it no more, and only what was edited of it is left. Delete that "
+            f"with `ws-celery schedule remove {entry.name}`; then it can be added",
+        )
+
+
+def _refuse_unfit(entry: Entry) -> None:
+    _refuse_orphan(entry)
+    if entry.problem is not None:
+        raise EntryRefused(entry.name, entry.problem)
+
+
+def _begins_anew(before: Entry, after: Entry) -> bool:
+    """Tell whether the ticks of an entry that is edited count from now on."""
+    return not before.enabled or _times(before) != _times(after)
+
+
+def _times(entry: Entry) -> dict[str, Any]:
+    return {name: entry.values[name] for name in (*TIMING, "starts_at", "expires")}
+
+
+def _with_whole_timing(entry: Entry, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete what an edit says of the schedule: its fields mean nothing alone."""
+    timing = {}
+    if "type" not in fields and fields.keys() & {*TIMING}:
+        timing = {name: value for name, value in entry.as_fields().items() if name in TIMING}
+    return {**timing, **fields}
+
+
+def _whole_reset(name: str, reset: Iterable[str]) -> set[str]:
+    fields = set(reset)
+    for field in fields.difference(FIELDS):
+        close = nearest(field, FIELDS)
+        raise EntryRefused(
+            name, f"has the unknown field {field}{f'; did you mean {close}?' if close else ''}"
+        )
+    return fields | {*TIMING} if fields & {*TIMING} else fields

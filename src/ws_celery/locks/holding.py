@@ -1,0 +1,225 @@
+"""The lock of one run, who holds a lock, and what a store of locks has to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+from typing import Any, Protocol
+from uuid import uuid4
+
+from ws_celery.exceptions import LockGone, LocksUnavailable
+
+__all__ = ("Held", "Holder", "Store")
+
+log = logging.getLogger(__name__)
+
+#: Seconds that the end of a run waits at most for a store that does not answer.
+_PATIENCE = 5.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock; what nobody knows is ``None``.
+
+    :param key: the key of the lock.
+    :param token: the fencing token of the run; ``None`` if it is not told yet.
+    :param task: the name of the task.
+    :param id: the id of the task.
+    :param host: the machine that it runs on.
+    :param pid: the process there that runs it.
+    :param age: for how long it has had the lock, in seconds.
+    :param time_left: when the lock is free if the holder stays silent, in seconds; ``None`` where
+        the lock ends with the holder's connection.
+    """
+
+    key: str
+    token: int | None = None
+    task: str | None = None
+    id: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    age: float | None = None
+    time_left: float | None = None
+
+    def __str__(self) -> str:
+        if self.task is None and self.host is None:
+            return "an unknown holder"
+        return f"{self.task}[{self.id}] on {self.host}, process {self.pid}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return asdict(self)
+
+
+class Store(Protocol):
+    """Where locks are: all the workers of an application see the same.
+
+    Its methods raise :exc:`ws_celery.exceptions.LocksUnavailable` if it does not answer.
+    """
+
+    def acquire(self, held: Held) -> Holder | None:
+        """Take the lock and set ``held.token``, or return who has it."""
+
+    def renew(self, held: Held) -> bool:
+        """Let it be held for another ``held.timeout`` seconds; return whether it still was."""
+
+    def release(self, held: Held) -> bool:
+        """Give it back; return whether it still was held."""
+
+    def holders(self) -> list[Holder]:
+        """Return who holds locks, in the order of their keys."""
+
+    def holder_of(self, key: str) -> Holder | None:
+        """Return who holds the lock of a key, if somebody does."""
+
+    def free(self, holder: Holder) -> bool:
+        """Take the lock away from this holder; return whether he still had it."""
+
+    def abandon(self, held: Held) -> None:
+        """Let nobody wait any longer for what was asked about the lock: it is given up."""
+
+    def close(self) -> None:
+        """Close the connections that no run holds a lock with."""
+
+
+@dataclass(eq=False)
+class Held:
+    """The lock of one run: ``request.one_instance`` in its function.
+
+    :param key: the key of the lock.
+    :param timeout: seconds after which the lock is free if nothing is heard of this run.
+    :param store: where the lock is.
+    :param raises: whether a run that has lost the lock has to fail.
+    :param on_loss: called once, with a sentence, if the run turns out to have lost it.
+    """
+
+    key: str
+    timeout: float
+    task: str
+    id: str | None
+    store: Store = field(repr=False)
+    on_loss: Callable[[Held, str], None] = field(repr=False)
+    raises: bool = False
+    #: A number that is greater than that of every earlier holder of the key.
+    token: int = 0
+    owner: str = field(default_factory=lambda: uuid4().hex, repr=False)
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+
+    def __post_init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._lost = self._over = self._failing = False
+        self.renewed(monotonic())
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lock is known to be lost, or was not heard of for its whole timeout."""
+        return self._lost or (not self._over and monotonic() >= self._good_until)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the end of the run waits for a store that does not answer."""
+        return min(self.timeout / 4, _PATIENCE)
+
+    def renewed(self, since: float) -> None:
+        """Take note that the lock is held from ``since`` on."""
+        self._good_until = since + self.timeout
+        self._failing = False
+        self._see_to_it(since + self.timeout / 4)
+
+    def _see_to_it(self, due: float) -> None:
+        """Let the process renew the lock then, by the monotonic clock, or give it up."""
+        if not self._over:
+            self.due = due
+            self._busy = False
+
+    def begin(self) -> bool:
+        """Tell whether it is to be renewed now; else it is to be given up.
+
+        A process that stood still has not asked yet, and may find that it still has the lock.
+        """
+        now = monotonic()
+        if self._over or self._busy or (self._failing and now >= self._good_until):
+            return False
+        self._busy = True
+        self.due = max(self._good_until, now + self.timeout / 4)
+        return True
+
+    def give_up(self) -> None:
+        """Wait no longer for the store, which does not answer."""
+        if not self._over:
+            self._lose(f"it could not be renewed for {self.timeout:g} seconds")
+        self.store.abandon(self)
+
+    def ending(self) -> None:
+        """Take note that the run is over, and is not to wait for the store without end."""
+        self._over = True
+        self.due = monotonic() + self.patience
+
+    def check(self) -> None:
+        """Make sure that the lock is still held, and renew it.
+
+        :raises LockGone: if it is not.
+        :raises LocksUnavailable: if nobody can tell, because the store does not answer.
+        """
+        before = monotonic()
+        if not self._lost and self.store.renew(self):
+            self.renewed(before)
+            return
+        self._lose("somebody else has freed it, or it has run out")
+        raise LockGone(self.task, self.id, self.key)
+
+    def ensure(self) -> None:
+        """Do what :meth:`check` does, if the run is not to commit without the lock."""
+        if self.raises:
+            self.check()
+
+    def keep(self) -> bool:
+        """Renew the lock in the background; return whether it is to be renewed again."""
+        before = monotonic()
+        try:
+            kept = self.store.renew(self)
+        except LocksUnavailable as error:
+            return self._keep_trying(error)
+        if kept:
+            self.renewed(before)
+        elif not self._over:
+            self._lose("somebody else has freed it, or it has run out")
+        return kept
+
+    def _keep_trying(self, error: LocksUnavailable) -> bool:
+        now = monotonic()  # it may have taken long to fail
+        self._failing = True
+        if now >= self._good_until:
+            self.give_up()
+            return False
+        log.warning("The lock %r could not be renewed: %s", self.key, error)
+        self._see_to_it(min(now + self.timeout / 16, self._good_until))
+        return True
+
+    def failed(self) -> None:
+        """Take note that an error has come which nobody expects; it is tried again."""
+        self._see_to_it(monotonic() + self.timeout / 4)
+
+    def end(self) -> None:
+        """Give the lock back; the run is over, whatever happens here."""
+        self._over = True
+        try:
+            released = self.store.release(self)
+        except LocksUnavailable as error:
+            log.warning("The lock %r is left to run out: %s", self.key, error)
+            return
+        if not released:
+            self._lose("it had run out, or somebody else had freed it, before the run was over")
+
+    def _lose(self, reason: str) -> None:
+        with self._mutex:
+            if self._lost:
+                return
+            self._lost = True
+        self.on_loss(self, reason)

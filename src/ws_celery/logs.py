@@ -1,0 +1,144 @@
+"""Logging: the INI's in all processes, and the task on every record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from logging.handlers import WatchedFileHandler
+from typing import Any
+
+import click
+import plaster
+from celery import signals
+from celery._state import get_current_task
+from click.core import ParameterSource
+
+from ws_celery.exceptions import ConfigurationError
+from ws_celery.masking import MASK
+from ws_celery.settings import ini_variables
+from ws_celery.shown_arguments import described_arguments
+
+__all__ = ("TaskFilter", "TaskFormatter", "log_arguments_of_failures", "set_up_logging")
+
+#: What stands for the task where none runs.
+_NONE = "-"
+
+#: The logger by which Celery tells how a run has ended.
+_TRACE = "celery.app.trace"
+
+
+class TaskFilter(logging.Filter):
+    """Gives each record ``task_name`` and ``task_id``; it lets all of them pass.
+
+    They are those of the task that runs in this thread, or that Celery's record is about; ``-``
+    where there is none. ``ws-celery`` adds it to the handlers of the INI file; elsewhere, add it to
+    a handler, so that the records of all loggers pass through it.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the fields; always returns ``True``."""
+        if not hasattr(record, "task_id"):
+            record.task_name, record.task_id = _task_of(record)
+        return True
+
+
+class TaskFormatter(logging.Formatter):
+    """A formatter whose format may have ``%(task_name)s`` and ``%(task_id)s``, in any process.
+
+    For the INI file, whose handlers cannot be given a filter: its section ``[formatter_...]`` has
+    ``class = ws_celery.logs.TaskFormatter``.
+    """
+
+    _fields = TaskFilter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Add the fields, and format."""
+        self._fields.filter(record)
+        return super().format(record)
+
+
+def _task_of(record: logging.LogRecord) -> tuple[str, str]:
+    told = getattr(record, "data", None)  # Celery's own records tell their task so
+    if isinstance(told, Mapping) and told.get("id"):
+        return str(told.get("name") or _NONE), str(told["id"])
+    task = get_current_task()
+    if task is None or not task.request.id:
+        return _NONE, _NONE
+    return str(task.name), str(task.request.id)
+
+
+def set_up_logging(config_uri: str) -> None:
+    """Put the logging of an INI file in force, if it has one, and keep Celery from changing it.
+
+    ``--loglevel`` and ``--logfile`` change it where they are given on the command line.
+
+    :raises ConfigurationError: if its sections are not complete.
+    """
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    if "loggers" not in loader.get_sections():
+        return  # Celery's own logging, with its options
+    try:
+        loader.setup_logging(ini_variables())
+    except (KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"{config_uri}: the logging sections are not complete or not right: {error}. "
+            "[loggers], [handlers] and [formatters] list the others under `keys`."
+        ) from error
+    for handler in _handlers():
+        handler.addFilter(TaskFilter())
+    # Celery configures logging only where nobody is connected.
+    signals.setup_logging.connect(_keep, weak=False)
+
+
+def log_arguments_of_failures() -> None:
+    """Let Celery's record of a failure tell the arguments of the call, their secrets masked."""
+    logger = logging.getLogger(_TRACE)
+    if not any(isinstance(each, _ArgumentsOfFailure) for each in logger.filters):
+        logger.addFilter(_ArgumentsOfFailure())
+
+
+class _ArgumentsOfFailure(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        told = getattr(record, "data", None)
+        if record.levelno >= logging.ERROR and isinstance(told, Mapping) and "args" in told:
+            arguments = " ".join(_arguments_of(told)).replace("%", "%%")
+            record.msg = f"{record.msg} Arguments: {arguments}"
+        return True
+
+
+def _arguments_of(told: Mapping[str, Any]) -> tuple[str, ...]:
+    task = get_current_task()
+    if task is None or task.request.id != told.get("id"):
+        return (MASK,)  # nobody knows the names by which a text without them is masked
+    context = task.request
+    reprs = getattr(context, "argsrepr", None), getattr(context, "kwargsrepr", None)
+    return described_arguments(task.app, task.name, (context.args, context.kwargs), reprs)
+
+
+def _handlers() -> list[logging.Handler]:
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    return [each for logger in loggers for each in getattr(logger, "handlers", ())]
+
+
+def _keep(loglevel: int, logfile: str | None, **_: Any) -> None:
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        given = context.get_parameter_source
+        if given("loglevel") is ParameterSource.COMMANDLINE:
+            _set_level(loglevel)
+        if given("logfile") is ParameterSource.COMMANDLINE and logfile:
+            _set_file(logfile)
+
+
+def _set_level(loglevel: int) -> None:
+    for name in (None, "celery", "ws_celery"):
+        logging.getLogger(name).setLevel(loglevel)
+
+
+def _set_file(logfile: str) -> None:
+    root = logging.getLogger()
+    handler = WatchedFileHandler(logfile, encoding="utf-8")
+    handler.addFilter(TaskFilter())
+    if root.handlers:
+        handler.setFormatter(root.handlers[0].formatter)
+    root.handlers[:] = [handler]

@@ -1,0 +1,80 @@
+"""Whether the database has a table of ours, and the one that this version needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sqlalchemy import Column, Connection, String, Table, Uuid, inspect
+from sqlalchemy.exc import DBAPIError
+
+from ws_celery.exceptions import TableError
+
+__all__ = ("check_table", "create_table", "may_be_the_table", "read_only_reason")
+
+#: Classes of the standard's codes: a conflict, or no connection, is never the table's fault.
+_PASSING = ("08", "40", "57")
+
+
+def create_table(connection: Connection, table: Table, error: type[TableError]) -> bool:
+    """Create the table if it is missing.
+
+    :param error: the class of what is raised.
+    :return: ``False`` if it was there.
+    :raises TableError: if there is another one of its name.
+    """
+    if not inspect(connection).has_table(table.name, schema=table.schema):
+        table.create(connection)
+        return True
+    check_table(connection, table, error)
+    return False
+
+
+def check_table(connection: Connection, table: Table, error: type[TableError]) -> None:
+    """Compare the table of the database with its definition.
+
+    :param error: the class of what is raised.
+    :raises TableError: if it is missing, or has other columns.
+    """
+    inspector = inspect(connection)
+    if not inspector.has_table(table.name, schema=table.schema):
+        raise error(table.fullname, "it does not exist", missing=True)
+    columns = inspector.get_columns(table.name, schema=table.schema)
+    found = {column["name"]: column for column in columns}
+    if problems := list(_differences(table, found)):
+        raise error(table.fullname, "; ".join(problems))
+
+
+def _differences(table: Table, found: Mapping[str, Any]) -> Iterator[str]:
+    for name, column in table.columns.items():
+        if name not in found:
+            yield f"the column {name} is missing"
+        elif not _is_like(column, found[name]):
+            yield f"the column {name} is {_described(found[name])}"
+    for name in found.keys() - table.columns.keys():
+        yield f"the column {name} is unknown"
+
+
+def _is_like(column: Column[Any], found: Mapping[str, Any]) -> bool:
+    # Some databases have no UUID, and keep it as text.
+    wanted: Any = column.type
+    accepted = {wanted._type_affinity} | ({String} if isinstance(wanted, Uuid) else set())
+    return found["type"]._type_affinity in accepted and found["nullable"] == column.nullable
+
+
+def _described(found: Mapping[str, Any]) -> str:
+    return f"{found['type']!r}{'' if found['nullable'] else ' NOT NULL'}"
+
+
+def may_be_the_table(error: DBAPIError) -> bool:
+    """Tell whether a missing or different table may be why a statement has failed."""
+    code = getattr(error.orig, "sqlstate", None)
+    if code is not None:
+        return str(code)[:2] not in _PASSING
+    return not (error.connection_invalidated or str(error.orig).endswith(" is locked"))
+
+
+def read_only_reason(error: DBAPIError) -> str | None:
+    """Return what the database says if it takes no changes, else ``None``."""
+    text = " ".join(str(error.orig).split())
+    return text if "read-only" in text.lower() or "readonly" in text.lower() else None
