@@ -132,6 +132,7 @@ from sentry_sdk.integrations.pyramid import PyramidIntegration
 from sentry_sdk.transport import Transport
 from webtest import TestApp
 from tests.integration.conftest import _worker
+from tests.waiting import SOON
 from ws_celery import get_celery_app, task
 
 told, ended = [], threading.Event()
