@@ -92,8 +92,10 @@ class EmbeddedBroker:
             raise BrokerUnavailable(f"{folder} belongs to another user; remove it.")
         return [
             *(program, "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700"),
-            # Appended at each write: what waits survives a restart of the development server.
-            *("--dir", str(self.directory), "--save", "", "--appendonly", "yes"),
+            # What waits survives a kill: it is in the file before the client is answered. With
+            # Redis' default, everysec, a slow fsync holds this back for up to two seconds.
+            *("--dir", str(self.directory), "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", "no"),
             *("--daemonize", "no", "--logfile", str(self.log), "--loglevel", "warning"),
         ]
 

@@ -41,6 +41,12 @@ def test_it_keeps_what_waits_when_it_is_killed(make_app, broker, start_broker):
     assert app.names() == ["add"]
 
 
+def test_a_slow_disk_holds_back_nothing_that_a_kill_would_lose(broker, start_broker):
+    start_broker(broker)
+    with redis.Redis(unix_socket_path=str(broker.socket)) as client:
+        assert client.config_get("appendfsync") == {"appendfsync": "no"}
+
+
 def test_it_does_not_listen_on_the_network(broker, start_broker):
     start_broker(broker)
     with redis.Redis(unix_socket_path=str(broker.socket)) as client:
