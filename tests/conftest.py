@@ -37,6 +37,18 @@ from webtest import TestApp
 from ws_celery import get_celery_app
 from ws_celery.app import PyramidCelery
 
+#: Tests whose child processes are measured: together they run what only such processes run.
+MEASURED = {
+    "test_commands",
+    "test_consumer",
+    "test_development",
+    "test_forks",
+    "test_healthy",
+    "test_logging",
+    "test_main_job",
+    "test_processes",
+}
+
 
 @dataclass(frozen=True)
 class Message:
@@ -107,11 +119,14 @@ def write_ini(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let child processes run without coverage, which imports a good deal into them."""
-    for variable in [each for each in os.environ if each.startswith("COVERAGE_PROCESS_")]:
-        monkeypatch.delenv(variable)
+@pytest.fixture(scope="module", autouse=True)
+def _few_child_processes_are_measured(request: pytest.FixtureRequest) -> Iterator[None]:
+    # Coverage makes a child need half as much time again, and imports a good deal into it.
+    with pytest.MonkeyPatch.context() as patch:
+        if Path(request.path).stem not in MEASURED:
+            for variable in [name for name in os.environ if name.startswith("COVERAGE_PROCESS_")]:
+                patch.delenv(variable)
+        yield
 
 
 @pytest.fixture

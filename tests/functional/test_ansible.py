@@ -279,15 +279,10 @@ class Site:
     @contextmanager
     def supervised(self) -> Iterator[subprocess.Popen[str]]:
         """Run supervisord; at the end nothing of what it has started may be left."""
-        environment = dict(os.environ)
-        if self.user.pw_uid != os.getuid():
-            # Somebody else cannot write into our coverage data.
-            environment = {k: v for k, v in environment.items() if not k.startswith("COVERAGE_")}
         with subprocess.Popen(
             [installed("supervisord"), "-c", str(self.configuration)],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
         ) as supervisord:
             self.supervisord = supervisord
             try:
@@ -367,9 +362,7 @@ def site(folder: Path, broker: Broker) -> Site:
 
 
 def playbook(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("ANSIBLE_", "COVERAGE_"))
-    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ANSIBLE_")}
     configuration = folder / "ansible.cfg"
     configuration.touch()
     environment |= {

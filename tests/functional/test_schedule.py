@@ -106,12 +106,18 @@ class Site:
             return connection.execute(statement, {"label": label}).scalar_one()
 
 
-@pytest.fixture(params=["postgres_url", "sqlite_url"])
+#: Where beat and the commands meet; the commands alone are tested with each store elsewhere.
+on_each_database = pytest.mark.parametrize(
+    "make_site", ["postgres_url", "sqlite_url"], indirect=True
+)
+
+
+@pytest.fixture
 def make_site(request, tmp_path, redis_url, run, start):
     sites = []
 
     def make(**options):
-        database = request.getfixturevalue(request.param)
+        database = request.getfixturevalue(getattr(request, "param", "postgres_url"))
         sites.append(Site(tmp_path, database, redis_url, run, start, **options))
         return sites[-1]
 
@@ -130,6 +136,7 @@ def site(make_site):
     return site
 
 
+@on_each_database
 def test_what_is_added_edited_and_switched_off_is_seen_by_a_running_beat(site, wait_for):
     site.start("worker")
     beat = site.start("beat", "--loglevel", "INFO")
@@ -142,6 +149,7 @@ def test_what_is_added_edited_and_switched_off_is_seen_by_a_running_beat(site, w
     beat.says("is off")
 
 
+@on_each_database
 def test_what_is_wanted_now_is_sent_once_by_a_running_beat(site, wait_for):
     site.start("worker")
     site.start("beat")
@@ -154,6 +162,7 @@ def test_what_is_wanted_now_is_sent_once_by_a_running_beat(site, wait_for):
     assert site.count("backup") == site.count("rates") == 1
 
 
+@on_each_database
 def test_a_probe_sees_a_beat_that_is_gone(site, wait_for):
     assert "No beat has sent anything yet" in site.schedule("health", code=1)
     beat = site.start("beat")

@@ -75,7 +75,7 @@ def test_a_task_whose_error_is_marked_is_run_again(make_app):
     assert len(runs) == 3
 
 
-def test_pyramid_retry_and_database_drivers_are_not_needed(unmeasured):
+def test_pyramid_retry_and_database_drivers_are_not_needed():
     program = (
         "import sys, transaction\n"
         "sys.modules['pyramid_retry'] = None\n"

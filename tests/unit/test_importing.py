@@ -5,10 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.usefixtures("unmeasured")
-
 MODULE = """
 from ws_celery import RequestAwareTask, celery_app, task
 
