@@ -45,7 +45,6 @@ MEASURED = {
     "test_forks",
     "test_healthy",
     "test_logging",
-    "test_main_job",
     "test_processes",
 }
 

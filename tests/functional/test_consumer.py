@@ -29,7 +29,7 @@ def test_what_has_run_is_acknowledged_though_nothing_follows(broker, worker, wai
         result = app.send_task("note", ("acknowledged", number))
     result.get(timeout=SOON)
 
-    wait_for(lambda: not client.hlen("unacked"), "the acknowledgement", 5)
+    wait_for(lambda: not client.hlen("unacked"), "the acknowledgement")
     assert client.llen(app.conf.task_default_queue) == 0
 
 
@@ -53,14 +53,14 @@ def test_after_a_lost_connection_tasks_are_acknowledged_on_the_new_one(
     started, finished = tmp_path / "started", tmp_path / "finished"
     app.send_task("myapp.tasks.slow", (str(started), str(finished), 0))
     wait_for(finished.exists, "the end of the first task", SOON)
-    wait_for(lambda: not client.hlen("unacked"), "its acknowledgement", 5)
+    wait_for(lambda: not client.hlen("unacked"), "its acknowledgement")
 
     client.client_kill_filter(_type="normal", skipme=True)
     for number in range(20):
         result = app.send_task("note", ("reconnected", number))
     result.get(timeout=SOON)
 
-    wait_for(lambda: not client.hlen("unacked"), "the acknowledgement", 5)
+    wait_for(lambda: not client.hlen("unacked"), "the acknowledgement")
     assert worker.process.poll() is None
 
 

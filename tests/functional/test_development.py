@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def test_an_order_has_its_receipt_soon_written_by_another_process(demo, wait_for
     status, order = demo.site.http("POST", "/orders", email="a@example.com", item="tea")
 
     assert status == 200
-    receipt = wait_for(partial(receipt_of, demo.site, f"/orders/{order['id']}"), "the receipt", 5)
+    receipt = wait_for(partial(receipt_of, demo.site, f"/orders/{order['id']}"), "the receipt")
     assert receipt["pid"] != demo.site.get("/")["web_pid"]
     assert receipt["url"].startswith(f"http://127.0.0.1:{demo.site.port}/")
     assert demo.site.http("GET", receipt["url"])[0] == 200
@@ -96,7 +95,7 @@ def test_ctrl_c_lets_the_running_task_finish_and_leaves_nothing_behind(demo, wai
 
     demo.interrupt()
 
-    assert demo.ends(10) == 0
+    assert demo.ends() == 0
     assert nothing_left(family)
     assert is_free(demo.site.port)
     assert "succeeded" in demo.text[demo.text.index("Stopping") :]
@@ -112,10 +111,9 @@ def test_a_second_ctrl_c_kills(demo, wait_for):
     demo.says("Stopping")
     demo.interrupt()
 
-    began = time.monotonic()
-    assert demo.ends(10) == 0
+    assert demo.ends() == 0
     assert nothing_left(family)
-    assert time.monotonic() - began < 3, "the report would have taken longer"
+    assert "is ready" not in demo.text, "the report has been written to its end"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of a killed parent")
@@ -125,7 +123,7 @@ def test_kill_9_leaves_no_process_behind(demo, wait_for):
 
     demo.process.kill()
 
-    wait_for(lambda: nothing_left(family), "the end of every process", 10)
+    wait_for(lambda: nothing_left(family), "the end of every process")
     assert is_free(demo.site.port)
 
 
@@ -183,7 +181,7 @@ def test_reload_does_not_outlive_the_process_that_watches(
 
     os.kill(dev.process.pid, signal.SIGKILL)
 
-    assert wait_for(lambda: nothing_left(family), "the end of every process", 20)
+    assert wait_for(lambda: nothing_left(family), "the end of every process")
 
 
 def test_two_developments_of_one_directory_are_refused(demo, start, free_port, tmp_path):
@@ -221,6 +219,6 @@ def test_closing_the_terminal_lets_the_running_task_finish(demo, wait_for):
 
     os.kill(demo.process.pid, signal.SIGHUP)
 
-    assert demo.ends(10) == 0
+    assert demo.ends() == 0
     assert nothing_left(family)
     assert "succeeded" in demo.text[demo.text.index("Stopping") :]

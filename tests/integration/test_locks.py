@@ -273,7 +273,7 @@ def test_a_skipped_run_keeps_no_result_if_nobody_wants_one(make, start_worker, o
 
 def test_the_lock_of_a_run_that_lives_does_not_run_out(make, start_worker, gate, key):
     @task(name="long")
-    @one_instance("{key}", timeout=1)
+    @one_instance("{key}", timeout=2)
     def long(request, key):
         gate()
 
@@ -283,7 +283,7 @@ def test_the_lock_of_a_run_that_lives_does_not_run_out(make, start_worker, gate,
     result = long.delay(app.request(), key)
     gate.reached()
 
-    wait_for(lambda: store.holder_of(key).age > 2.5, "the age of the lock")
+    wait_for(lambda: store.holder_of(key).age > 4.5, "the age of the lock")
     gate.leave.set()
     result.get(SOON)
 
