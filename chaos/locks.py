@@ -49,6 +49,7 @@ worker_prefetch_multiplier = 1
 visibility_timeout = 30
 unacked_restore_interval = 1
 unacked_restore_throttle = 1
+unacked_mutex_expire = 5
 """
 
 
@@ -94,7 +95,7 @@ class Turns:
 
     def outcome(self) -> Outcome:
         """Return what has been committed."""
-        with Session(self._engine) as session:
+        with Session(self._engine.execution_options(isolation_level="REPEATABLE READ")) as session:
             turns = session.scalars(sa.select(Turn).where(Turn.counter == self.counter)).all()
             value = session.get_one(Counter, self.counter).value
         together = sum(not turn.alone for turn in turns)

@@ -17,6 +17,8 @@ from typing import Any
 import plaster.loaders
 import pytest
 import transaction
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from kombu.exceptions import OperationalError
 from pyramid.config import Configurator, global_registries
 from pyramid.request import Request, apply_request_extensions
@@ -47,6 +49,13 @@ MEASURED = {
     "test_logging",
     "test_processes",
 }
+
+
+# A busy machine is no failure.
+hypothesis_settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("tests")
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,8 @@ def make_config(write_ini: Callable[[str], str]) -> Callable[..., Configurator]:
             f"[celery]\nbroker_url = {broker}\n"
             f"task_default_queue = test-{uuid.uuid4().hex}\n{textwrap.dedent(celery)}"
         )
+        # A busy machine may take longer than the two seconds of the default.
+        settings = {"ws_celery__publish_timeout": "20", **settings}
         settings = {name.replace("__", "."): value for name, value in settings.items()}
         config = Configurator(settings={"ws_celery.config_uri": ini, **settings})
         for name in (*include, "ws_celery"):

@@ -77,7 +77,7 @@ def broker_url(request: pytest.FixtureRequest) -> str:
 def rabbitmq_url() -> str:
     """URL of the local RabbitMQ."""
     try:
-        with Connection(RABBITMQ, connect_timeout=2) as connection:
+        with Connection(RABBITMQ, connect_timeout=30) as connection:
             connection.connect()
     except OSError as error:
         _missing(f"RabbitMQ at {RABBITMQ}: {error}")
@@ -116,7 +116,7 @@ def mariadb_url() -> Iterator[str]:
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """URL of an SQLite database of the test's own."""
-    return f"sqlite:///{tmp_path}/test.sqlite"
+    return f"sqlite:///{tmp_path}/test.sqlite?timeout=60"
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def site(shown_site, free_port, tmp_path):
 
 
 def fetch(url: str, data: bytes | None = None) -> Any:
-    with urllib.request.urlopen(url, data, timeout=10) as response:  # noqa: S310 - our own server
+    with urllib.request.urlopen(url, data, timeout=SOON) as response:  # noqa: S310 - our own server
         return json.load(response)
 
 

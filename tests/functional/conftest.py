@@ -40,7 +40,8 @@ class Running:
     output: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         with self.process.stdout as lines:
@@ -54,7 +55,8 @@ class Running:
         """Wait until it has printed ``text``; fail if it ends without."""
 
         def said() -> bool:
-            if self.process.poll() is not None and text not in self.text:
+            ended = not self._reader.is_alive()  # asked first: all of its output is there then
+            if ended and text not in self.text:
                 pytest.fail(f"it ended without saying {text!r}:\n{self.text}")
             return text in self.text
 
@@ -70,7 +72,9 @@ class Running:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def ends(self, timeout: float = 60.0) -> int:
-        return self.process.wait(timeout)
+        code = self.process.wait(timeout)
+        self._reader.join(5)  # a child that survives may hold the pipe
+        return code
 
 
 @dataclass

@@ -64,11 +64,17 @@ def test_after_a_lost_connection_tasks_are_acknowledged_on_the_new_one(
     assert worker.process.poll() is None
 
 
-def test_workers_greet_each_other(broker, start):
+def test_workers_greet_each_other(broker, start, wait_for):
     for name in ("first", "second"):
         options = ("--concurrency=1", "--loglevel=info", "-n", f"{name}@%h")
         start("worker", "--ini", str(broker[0].ini), *options).says(" ready.")
-    worker = start("worker", "--ini", str(broker[0].ini), "--concurrency=1", "--loglevel=info")
 
-    worker.says("sync with 2 nodes")
-    worker.says(" ready.")
+    def greeted():
+        # It waits a second for answers, and never asks again.
+        worker = start("worker", "--ini", str(broker[0].ini), "--concurrency=1", "--loglevel=info")
+        worker.says(" ready.")
+        worker.process.terminate()
+        worker.ends()
+        return "sync with 2 nodes" in worker.text
+
+    wait_for(greeted, "the answers of both in time", 180)

@@ -96,8 +96,8 @@ def test_ctrl_c_lets_the_running_task_finish_and_leaves_nothing_behind(demo, wai
     demo.interrupt()
 
     assert demo.ends() == 0
-    assert nothing_left(family)
-    assert is_free(demo.site.port)
+    wait_for(lambda: nothing_left(family), "the end of every process")
+    wait_for(lambda: is_free(demo.site.port), "the port")
     assert "succeeded" in demo.text[demo.text.index("Stopping") :]
 
 
@@ -112,7 +112,7 @@ def test_a_second_ctrl_c_kills(demo, wait_for):
     demo.interrupt()
 
     assert demo.ends() == 0
-    assert nothing_left(family)
+    wait_for(lambda: nothing_left(family), "the end of every process")
     assert "is ready" not in demo.text, "the report has been written to its end"
 
 
@@ -124,7 +124,7 @@ def test_kill_9_leaves_no_process_behind(demo, wait_for):
     demo.process.kill()
 
     wait_for(lambda: nothing_left(family), "the end of every process")
-    assert is_free(demo.site.port)
+    wait_for(lambda: is_free(demo.site.port), "the port")
 
 
 def test_dev_ends_with_the_code_of_a_program_that_ends_by_itself(start, make_site, sqlite_url):
@@ -164,11 +164,11 @@ def test_reload_restarts_everything_when_code_changes(
     dev.says(address)
     module.write_text("CHANGED = True\n")
 
-    wait_for(lambda: dev.text.count(address) == 2, "the second start")
+    wait_for(lambda: dev.text.count(address) == 2, "the second start", 120)
     family = dev.family()
     dev.interrupt()
     assert dev.ends() == 0
-    assert nothing_left(family)
+    wait_for(lambda: nothing_left(family), "the end of every process")
 
 
 def test_reload_does_not_outlive_the_process_that_watches(
@@ -181,7 +181,7 @@ def test_reload_does_not_outlive_the_process_that_watches(
 
     os.kill(dev.process.pid, signal.SIGKILL)
 
-    assert wait_for(lambda: nothing_left(family), "the end of every process")
+    wait_for(lambda: nothing_left(family), "the end of every process")
 
 
 def test_two_developments_of_one_directory_are_refused(demo, start, free_port, tmp_path):
@@ -220,5 +220,5 @@ def test_closing_the_terminal_lets_the_running_task_finish(demo, wait_for):
     os.kill(demo.process.pid, signal.SIGHUP)
 
     assert demo.ends() == 0
-    assert nothing_left(family)
+    wait_for(lambda: nothing_left(family), "the end of every process")
     assert "succeeded" in demo.text[demo.text.index("Stopping") :]

@@ -43,8 +43,11 @@ def test_a_worker_a_broker_and_a_database_that_live_are_healthy(start, run, site
     assert parts["worker"]["detail"] == name
     assert sorted(parts) == ["broker", "database", "worker"]
 
-    ended = run("status", "--healthy", "--ini", str(site.ini), "--part", "broker")
-    assert ended.returncode == 0
+    def seen():
+        ended = run("status", "--healthy", "--ini", str(site.ini), "--part", "broker")
+        return ended.returncode == 0 and ended
+
+    ended = wait_for(seen, "the broker in time")
     assert ended.stdout.startswith("broker    ok      redis://")
 
 
@@ -102,6 +105,7 @@ def test_health_files_tell_of_relay_and_beat(site, probe, tmp_path):
     assert parts["relay"]["healthy"]
     assert "No such file" in parts["beat"]["detail"]
 
+    relay.touch()
     beat.touch()
     assert probe(*ask)[0] == 0
 
@@ -126,13 +130,16 @@ def test_a_relay_cannot_be_asked_for_where_there_is_no_outbox(run, site):
     assert "Traceback" not in ended.stderr
 
 
-def test_a_relay_without_a_file_is_judged_by_the_outbox(run, site, tmp_path):
+def test_a_relay_without_a_file_is_judged_by_the_outbox(run, site, tmp_path, wait_for):
     text = site.ini.read_text()
     database = f"sqlite:///{tmp_path}/outbox.sqlite"
     url = next(line for line in text.splitlines() if line.startswith("sqlalchemy.url"))
     site.ini.write_text(text.replace(url, f"sqlalchemy.url = {database}\nws_celery.outbox = true"))
     assert run("outbox", "create", "--ini", str(site.ini)).returncode == 0
 
-    ended = run("status", "--healthy", "--part", "relay", "--ini", str(site.ini))
-    assert ended.returncode == 0, ended.stderr
+    def seen():
+        ended = run("status", "--healthy", "--part", "relay", "--ini", str(site.ini))
+        return ended.returncode == 0 and ended
+
+    ended = wait_for(seen, "the outbox in time")
     assert "nothing in the outbox is overdue" in ended.stdout

@@ -138,9 +138,10 @@ def test_a_terminated_task_lets_go_of_its_row(dispatch, query, ws_celery, wait_f
     dispatch(1, "is_terminated", str(mark))
     task_id = wait_for(lambda: mark.exists() and mark.read_text(), "the run")
 
-    held = json.loads(ws_celery("tasks", "running", "--state", "active", "--json")[1])
+    patient = ("--timeout", "5")
+    held = json.loads(ws_celery("tasks", "running", "--state", "active", "--json", *patient)[1])
     assert [each["id"] for each in held] == [task_id]
-    assert ws_celery("tasks", "terminate", task_id, "--yes")[0] == 0
+    assert ws_celery("tasks", "terminate", task_id, "--yes", *patient)[0] == 0
 
     wait_for(lambda: not query(ROWS), "the end of the row")
     assert query(RUNS) == []

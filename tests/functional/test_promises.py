@@ -581,7 +581,7 @@ def test_a_broker_that_is_down_costs_a_response_a_bounded_short_time_and_then_no
         assert app.web.get("/").text == "done"
         seconds.append(time.monotonic() - began)
 
-    assert seconds[0] < 0.5 + 0.5  # what a busy machine may add
+    assert seconds[0] < 0.5 + 3  # what a busy machine may add; kombu alone would go on waiting
     assert "ws_celery.publish_cooldown" in caplog.records[-1].getMessage()
     silent.accept()[0].close()
     silent.setblocking(False)

@@ -21,7 +21,7 @@ from ws_celery import task
 from ws_celery.embedded import EmbeddedBroker
 
 #: Seconds that a busy machine may add to a time limit.
-MARGIN = 0.5
+MARGIN = 3
 
 
 @task(name="add")
@@ -180,7 +180,7 @@ def test_a_broker_that_is_down_costs_the_caller_little_time(make_app, down, capl
     with transaction.manager:
         add.delay(1)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 + MARGIN
     caplog.clear()
 
 
@@ -251,7 +251,7 @@ def test_a_broker_is_tried_again_after_the_cooldown(make_app, down, start_broker
 
 def test_a_second_broker_takes_over(make_app, redis_url, silent):
     app = make_app(
-        add, broker=f"{url('redis', silent)};{redis_url}", ws_celery__publish_timeout="4"
+        add, broker=f"{url('redis', silent)};{redis_url}", ws_celery__publish_timeout="12"
     )
     with transaction.manager:
         add.delay(1)
@@ -267,7 +267,7 @@ def test_a_result_backend_that_is_down_does_not_delay_the_call(make_app, down):
     began = time.monotonic()
     add.delay(1)
 
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 1 + MARGIN
 
 
 def test_tasks_are_sent_to_a_broker_that_was_restarted(make_app, down, start_broker):
@@ -337,7 +337,7 @@ def through_proxy(request, make_app):
             f"{broker.hostname}:{broker.port}", f"127.0.0.1:{proxy.server_address[1]}"
         )
         app = make_app(
-            add, broker=broker._replace(netloc=address).geturl(), ws_celery__publish_timeout="0.5"
+            add, broker=broker._replace(netloc=address).geturl(), ws_celery__publish_timeout="4"
         )
         with transaction.manager:
             add.delay(1)
@@ -359,7 +359,7 @@ def test_a_broker_that_falls_silent_is_noticed_in_time_and_known_to_be_down(
     app, proxy = through_proxy
     proxy.open.clear()
 
-    assert seconds_of_a_commit(app, tasks) < 0.5 + MARGIN
+    assert seconds_of_a_commit(app, tasks) < 4 + MARGIN
     assert "these tasks may not have been sent: add[" in caplog.text
     with transaction.manager:
         add.delay(app.request(), 1)

@@ -52,9 +52,15 @@ def rows(request):
 
 
 def test_a_deadlock_is_tried_again(make_app, rows, requests):
-    rival_has_second, task_has_first = threading.Event(), threading.Event()
+    rival_has_second, task_has_first, rival_has_ended = (threading.Event() for _ in range(3))
 
     def rival():
+        try:
+            change_both()
+        finally:
+            rival_has_ended.set()
+
+    def change_both():
         with rows.engine.begin() as connection:
             # The task is to be given up: PostgreSQL gives up who finds out first, MariaDB who has
             # changed less.
@@ -69,6 +75,8 @@ def test_a_deadlock_is_tried_again(make_app, rows, requests):
     @task(name="update")
     def update(request):
         requests.append(request)
+        if len(requests) > 1:
+            assert rival_has_ended.wait(SOON), "it would overtake the rival, for the next deadlock"
         execute(request, UPDATE, text="task", id=1)
         task_has_first.set()
         execute(request, UPDATE, text="task", id=2)

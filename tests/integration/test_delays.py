@@ -58,7 +58,6 @@ def keys(app, rabbitmq_url):
         probe.declare()
         yield lambda: [each.delivery_info["routing_key"] for each in iter(probe.get, None)]
         probe.delete()
-        channel.exchange_delete(entrance.name, if_unused=True)
 
 
 @pytest.mark.parametrize("exchange", ["celery_delayed_27", Exchange("celery_delayed_27")])

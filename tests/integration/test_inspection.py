@@ -34,6 +34,17 @@ def alone():
 
 
 @pytest.fixture
+def start_worker(start_worker):
+    """Start a worker that hears what it is asked: it is ready a moment before it has subscribed."""
+
+    def start(app):
+        start_worker(app)
+        wait_for(lambda: app.celery.control.ping(timeout=0.5), "an answer of the worker")
+
+    return start
+
+
+@pytest.fixture
 def app(make_app, redis_url, alone):
     return make_app(send_mail, broker=redis_url, celery=alone)
 
@@ -131,7 +142,7 @@ def test_what_workers_hold_is_shown_by_state(make_app, redis_url, alone, start_w
     result = send_mail.apply_async((app.request(), "a@b.c", "hunter2"), eta=eta)
 
     def found():
-        return inspection.held_tasks(app.registry, ("scheduled",))
+        return inspection.held_tasks(app.registry, ("scheduled",), timeout=5)
 
     (scheduled,) = wait_for(found)
 

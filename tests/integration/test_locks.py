@@ -295,7 +295,7 @@ def test_a_lock_that_is_lost_is_told_at_once(
     make, start_worker, gate, key, subscribe, caplog, postgres, on_lost, state, notes
 ):
     @task(name="losing")
-    @one_instance("{key}", timeout=1, on_lost=on_lost)
+    @one_instance("{key}", timeout=4, on_lost=on_lost)
     def losing(request, key):
         note(request, 1)
         gate()
@@ -373,7 +373,7 @@ def test_freeing_names_the_holder_that_is_meant(make, key, other_run):
 
 def test_a_message_that_comes_twice_does_not_end_its_task(make, start_worker, gate, key):
     @task(name="twice")
-    @one_instance("{key}", timeout=1)
+    @one_instance("{key}", timeout=4)
     def twice(request, key):
         gate()
         return "once"

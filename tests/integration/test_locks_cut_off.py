@@ -71,6 +71,7 @@ def cut_off(request, make_app, redis_url, postgres_url, through, database):
 
     def make(*tasks):
         settings = {"ws_celery__locks": locks, "celery": f"result_backend = {redis_url}\n"}
+        settings["ws_celery__publish_timeout"] = "2"  # also of a lock's Redis
         return make_app(*tasks, setup=include, broker=redis_url, **settings), proxy
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from contextlib import suppress
 
@@ -340,12 +341,12 @@ def test_a_task_id_used_twice_is_two_dispatches(app, start_worker, database, row
 @pytest.mark.parametrize("acknowledge", ["early", "late"])
 def test_of_two_runs_at_a_time_one_commits(make_outbox, postgres, rows_of, acknowledge):
     barrier = threading.Barrier(2, timeout=60)
-    entered = []
+    numbers, entered = itertools.count(1), []
 
     @task(name="meeting", acknowledge=acknowledge)
     def meeting(request, number):
-        entered.append(number)
-        mine = len(entered)
+        mine = next(numbers)
+        entered.append(mine)
         if acknowledge == "late":
             barrier.wait()
         insert(request, mine)

@@ -138,9 +138,9 @@ class Processes:
                 click.echo(line, file=self._output)
 
     def _stop(self) -> None:
-        if self._interrupts:
+        patience = self._interrupts  # before the sentence that invites to another one
+        if patience:
             self._say("Stopping; running tasks finish first. Ctrl-C again kills.")
-        patience = self._interrupts
         for program, process in reversed(self._running):
             if process.poll() is None:
                 process.send_signal(program.stop_signal)
