@@ -68,9 +68,6 @@ def turn(request: Any, counter: str, number: int, seconds: float) -> None:
     session, token = request.dbsession, request.one_instance.token
     mine = sa.func.pg_try_advisory_xact_lock(sa.func.hashtext(counter))
     alone = session.scalar(sa.select(mine))
-    if not alone:  # PostgreSQL may not have noticed yet that the last holder was killed
-        time.sleep(seconds / 3)
-        alone = session.scalar(sa.select(mine))
     value = session.scalar(sa.select(Counter.value).where(Counter.name == counter))
     time.sleep(seconds)
     counted = session.execute(

@@ -96,8 +96,8 @@ def test_ctrl_c_lets_the_running_task_finish_and_leaves_nothing_behind(demo, wai
     demo.interrupt()
 
     assert demo.ends() == 0
-    wait_for(lambda: nothing_left(family), "the end of every process")
-    wait_for(lambda: is_free(demo.site.port), "the port")
+    assert nothing_left(family)
+    assert is_free(demo.site.port)
     assert "succeeded" in demo.text[demo.text.index("Stopping") :]
 
 
@@ -168,7 +168,7 @@ def test_reload_restarts_everything_when_code_changes(
     family = dev.family()
     dev.interrupt()
     assert dev.ends() == 0
-    wait_for(lambda: nothing_left(family), "the end of every process")
+    assert nothing_left(family)
 
 
 def test_reload_does_not_outlive_the_process_that_watches(
@@ -220,5 +220,5 @@ def test_closing_the_terminal_lets_the_running_task_finish(demo, wait_for):
     os.kill(demo.process.pid, signal.SIGHUP)
 
     assert demo.ends() == 0
-    wait_for(lambda: nothing_left(family), "the end of every process")
+    assert nothing_left(family)
     assert "succeeded" in demo.text[demo.text.index("Stopping") :]
