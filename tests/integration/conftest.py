@@ -41,6 +41,11 @@ def start_worker() -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def _worker(app: Any) -> Iterator[None]:
+    # The consumer waits that long in one call to the broker, also when it is to stop.
+    app.conf.broker_transport_options = {
+        "polling_interval": 0.1,
+        **app.conf.broker_transport_options,
+    }
     ready = threading.Event()
     worker = WorkController(
         app=app,
