@@ -5,7 +5,7 @@ CHAOS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo dev test chaos lint types docs bench ci clean
+.PHONY: help demo dev test chaos lint types docs bench house ci clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ docs: $(VENV)/dev ## Build the documentation
 bench: $(VENV)/bench ## Measure side by side with plain Celery; write docs/benchmarks
 	$(BIN)/python -m benchmarks --write docs/benchmarks
 	$(BIN)/python -m benchmarks.beat
+
+house: $(VENV)/dev ## Count modules, lines and how far a reader has to walk
+	$(BIN)/python tools/house.py
 
 ci: lint types docs test ## Everything that CI runs
 
