@@ -110,7 +110,10 @@ def code(overrides: Mapping[str, Any] | None) -> list[Layer]:
     if not overrides:
         return []
     name = "configure_celery()"
-    values = {key: Value(value, Place(name, "code", key)) for key, value in overrides.items()}
+    values = {
+        key: Value(value, Place(name, "code", key), literal=True)
+        for key, value in overrides.items()
+    }
     return [Layer(name, {"celery": values})]
 
 
@@ -138,7 +141,7 @@ def celeryconfig(own: Layer, faults: Faults) -> list[Layer]:
 def _module_layer(module: ModuleType) -> Layer:
     file = getattr(module, "__file__", None) or module.__name__
     values = {
-        name: Value(value, Place(file, "celeryconfig", name))
+        name: Value(value, Place(file, "celeryconfig", name), literal=True)
         for name, value in vars(module).items()
         if not name.startswith("_") and _is_setting(name, value)
     }
