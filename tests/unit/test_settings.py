@@ -839,7 +839,8 @@ def test_a_file_of_another_kind_is_told(tmp_path):
 
 
 def test_the_module_of_celery_is_read_if_the_file_asks_for_it(read, tmp_path, monkeypatch):
-    module = tmp_path / "celeryconfig.py"
+    module = tmp_path / "lib" / "celeryconfig.py"
+    module.parent.mkdir()
     module.write_text(
         "import os\n"
         "from celery.schedules import crontab\n"
@@ -848,7 +849,7 @@ def test_the_module_of_celery_is_read_if_the_file_asks_for_it(read, tmp_path, mo
         "beat_schedule = {'a': {'task': 't', 'schedule': crontab(minute=0)}}\n"
         "def helper(): pass\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(module.parent))
 
     settings = read("USE_CELERYCONFIG = True\nworker_prefetch_multiplier = 1\n").settings
     del sys.modules["celeryconfig"]
@@ -858,10 +859,56 @@ def test_the_module_of_celery_is_read_if_the_file_asks_for_it(read, tmp_path, mo
     assert settings["beat_schedule"]["a"]["schedule"] == crontab(minute=0)
 
 
+def test_the_module_of_celery_is_found_beside_the_file(read, tmp_path):
+    (tmp_path / "celeryconfig.py").write_text("worker_concurrency = 3\n")
+
+    configuration = read("use_celeryconfig = true\n")
+
+    place = configuration.place("worker_concurrency")
+    assert configuration.settings["worker_concurrency"] == 3
+    assert place.file == str(tmp_path / "celeryconfig.py")
+    assert "celeryconfig" not in sys.modules
+
+
+def test_the_module_of_celery_may_have_another_name(read, tmp_path, monkeypatch, caplog):
+    (tmp_path / "settings_of_celery.py").write_text("worker_concurrency = 3\n")
+    (tmp_path / "others_of_celery.py").write_text("worker_concurrency = 4\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "use_celeryconfig = true\nCELERY_CONFIG_MODULE = settings_of_celery\n"
+
+    named = read(text)
+    monkeypatch.setenv("CELERY_CONFIG_MODULE", "others_of_celery")
+    overridden = read(text)
+    overridden.report()
+
+    assert named.settings["worker_concurrency"] == 3
+    assert overridden.settings["worker_concurrency"] == 4
+    assert caplog.messages == [
+        "environment: CELERY_CONFIG_MODULE = others_of_celery names the module that is read"
+    ]
+
+
+def test_a_module_of_celery_that_is_not_read_is_told(read, tmp_path, monkeypatch, caplog):
+    module = tmp_path / "celeryconfig.py"
+    module.write_text("raise SystemExit\n")
+
+    read("").report()
+    read("use_celeryconfig = false\n").report()
+    monkeypatch.setenv("CELERY_CONFIG_MODULE", "shop.celeryconfig")
+    read("").report()
+
+    remedy = "is not read; set use_celeryconfig = true in [celery], or"
+    assert caplog.messages == [
+        f"{module} {remedy} remove it",
+        f"environment: CELERY_CONFIG_MODULE = shop.celeryconfig {remedy} unset it",
+    ]
+
+
 def test_a_module_of_celery_that_is_missing_is_told(faults):
     (fault,) = faults("[celery]\nbroker_url = memory://\nuse_celeryconfig = true\n")
 
     assert "the module celeryconfig cannot be imported (ModuleNotFoundError" in str(fault)
+    assert "; expected celeryconfig.py beside this file, or a module on Python's path" in str(fault)
     assert fault.line == 3
 
 

@@ -13,7 +13,7 @@ from ws_celery.settings.layers import Layer
 from ws_celery.settings.names import REMOVED, find_option, option_names
 from ws_celery.settings.options import OPTIONS
 
-__all__ = ("Block", "Found", "Gathering", "Renamed")
+__all__ = ("Block", "Found", "Gathering", "Renamed", "is_for_celery")
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,11 @@ class Gathering:
 
 def _is_mapping(option: str) -> bool:
     return OPTIONS[option].kind.name in _MAPPINGS
+
+
+def is_for_celery(section: str) -> bool:
+    """Tell whether a section is one of ours, or was meant to be."""
+    return section.partition(":")[0] in _KINDS or _right_spelling(section) is not None
 
 
 def _right_spelling(section: str) -> str | None:
