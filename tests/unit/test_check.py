@@ -306,6 +306,18 @@ def _replace(path, old, new):
     file.write_text(file.read_text().replace(old, new))
 
 
+def test_a_command_says_which_tasks_have_one_name(site, capsys):
+    path = site("", code="@task(name='known')\ndef again(request): pass\n")
+
+    with pytest.raises(SystemExit):
+        main(["--ini", path, "report"])
+
+    message = capsys.readouterr().err
+    assert message.startswith(f"Error: {path}: Conflicting configuration actions\n")
+    assert ".again is a task called 'known'. Give it another name." in message
+    assert "Traceback" not in message
+
+
 def test_a_module_of_celery_that_is_not_read_is_a_warning(found, tmp_path):
     module = tmp_path / "celeryconfig.py"
     module.write_text("worker_concurrency = 3\n")
