@@ -964,6 +964,12 @@ def test_the_section_of_the_application_is_interpolated_once(ini):
             {"max_retries": 3, "interval_step": 0.5},
         ),
         (
+            "database_engine_options",
+            '{"pool_recycle": "-1", "pool_size": "5", "pool_timeout": "1m", "connect_args": {}}',
+            "pool_recycle = -1\npool_size = 5\npool_timeout = 1m\nconnect_args = {}",
+            {"pool_recycle": -1, "pool_size": 5, "pool_timeout": 60, "connect_args": {}},
+        ),
+        (
             "mongodb_backend_settings",
             '{"database": "7", "max_connections": "4", "x": 1}',
             "database = 7\nmax_connections = 4\nx = 1",
@@ -1002,6 +1008,7 @@ def test_json_and_section_of_a_mapping_are_the_same(read, option, text, lines, e
         ("task_publish_retry_policy", '{"max_retries": "many"}', "max_retries = many",
          "a whole number of at least 0, or none"),
         ("task_publish_retry_policy", '{"errback": "a"}', "errback = a", "not known"),
+        ("database_engine_options", '{"pool_sizes": 1}', "pool_sizes = 1", "mean pool_size?"),
         ("database_table_names", '{"tasks": "a"}', "tasks = a", "Did you mean task?"),
     ],
 )  # fmt: skip

@@ -45,6 +45,7 @@ __all__ = (
     "CONTENT",
     "DATABASE",
     "DELIVERY_MODE",
+    "ENGINE_OPTIONS",
     "EXCHANGE_TYPE",
     "PORT",
     "PRIORITY",
@@ -268,6 +269,17 @@ RETRY_POLICY = mapping(
     others="no",
 )
 TABLE_NAMES = mapping('{"task": "results"}', {"task": TEXT, "group": TEXT}, others="no")
+ENGINE_OPTIONS = mapping(
+    '{"pool_recycle": "1h"}',
+    {
+        **_all(BOOL, "hide_parameters pool_pre_ping pool_use_lifo"),
+        **_all(whole(-1), "max_overflow pool_size"),
+        "isolation_level": TEXT,
+        "pool_recycle": replace(SECONDS, finish=number(least=-1).finish),
+        "pool_timeout": SECONDS,
+    },
+    others="unlike",
+)
 QUEUE_ARGUMENTS = mapping(
     '{"x-queue-type": "quorum"}',
     {
