@@ -401,6 +401,7 @@ def test_one_section_in_two_spellings_names_both_places(faults):
         ("[celerybeat:x ; nightly]", "[celerybeat:x]"),
         ("[celeryroute.shop.tasks.slow]", "[celeryroute:shop.tasks.slow]"),
         ("[celery.broker_transport_options]", "[celery:broker_transport_options]"),
+        ("[celery_metrics_and_whatever_else]", "[celery]"),
     ],
 )
 def test_a_section_that_is_nearly_ours_is_refused_with_the_right_spelling(faults, heading, meant):

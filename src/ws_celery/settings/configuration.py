@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import plaster
+
 from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.settings.application import celeryconfig, code, merge_app_settings
 from ws_celery.settings.environment import Override, ini_variables, obey_environment
@@ -61,10 +63,11 @@ class Configuration:
         :param config_uri: the file that a process of the application was started with.
         :raises ConfigurationError: if they are not: nothing would come of them.
         """
-        layers, _ = read_layers(config_uri, ini_variables())
-        if not layers or os.path.realpath(layers[0].file) in self.files:
+        if os.path.realpath(plaster.parse_uri(config_uri).path) in self.files:
             return
-        section = next(filter(is_for_celery, layers[0].sections), None)
+        layers, _ = read_layers(config_uri, ini_variables())
+        sections = layers[0].sections if layers else ()
+        section = next(filter(is_for_celery, sections), None)
         if section is not None:
             problem = "is not read, as ws_celery.config_uri does not name this file"
             remedy = "`ws_celery.config_uri = %(__file__)s` in the section of the application"

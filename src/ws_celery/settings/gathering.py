@@ -199,8 +199,8 @@ def _right_spelling(section: str) -> str | None:
     if error := miswritten(bare):
         bare = error.close or ""
     word = re.sub(r"[\W_]", "", kind).lower()
-    close = word if word in _KINDS else nearest(word, _KINDS)
+    close = nearest(word, _KINDS)
     likely = close and word[:1] == "c" and abs(len(close) - len(word)) <= 1
     if word.startswith("celery") or (likely and (bare or close == "celery")):
-        return f"[{close}:{bare}]" if bare else f"[{close}]"
+        return f"[{close or 'celery'}:{bare}]" if bare else f"[{close or 'celery'}]"
     return None
