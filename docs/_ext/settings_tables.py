@@ -12,6 +12,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 from ws_celery.masking import MASK, is_secret
+from ws_celery.settings.broker_kinds import TRANSPORT_KEYS
 from ws_celery.settings.keys import (
     ANNOTATION_KEYS,
     CALL_KEYS,
@@ -19,7 +20,6 @@ from ws_celery.settings.keys import (
     MESSAGE_KEYS,
     OUR_SETTINGS,
     QUEUE_KEYS,
-    TRANSPORT_KEYS,
 )
 from ws_celery.settings.kinds import Kind
 from ws_celery.settings.names import OLD_NAMES, REMOVED

@@ -101,6 +101,7 @@ def load_registry(config_uri: str) -> Registry:
 
     :param config_uri: what plaster takes: a path, with ``#name`` for another application than
         ``main``.
+    :raises ConfigurationError: if its ``[celery...]`` sections are not what the application reads.
     """
     loader = plaster.get_loader(config_uri, protocols=["wsgi"])
     variables = ini_variables()
@@ -109,7 +110,11 @@ def load_registry(config_uri: str) -> Registry:
     else:
         wsgi_app = loader.get_wsgi_app(defaults=variables or None)
     # Middleware around the application hides its registry.
-    return getattr(wsgi_app, "registry", None) or global_registries.last
+    registry = getattr(wsgi_app, "registry", None) or global_registries.last
+    app = registry.queryUtility(ICeleryApp)
+    if app is not None and app.configuration is not None:
+        app.configuration.refuse_unread(config_uri)
+    return registry
 
 
 def _with_variables(loader: PasteDeployLoader, variables: Mapping[str, str]) -> Any:

@@ -236,7 +236,10 @@ def _read(registry: Any) -> Configuration:
             f"ws_celery.config_uri = {setting} and configure_celery({source.config_uri!r}) name "
             "different files. Keep one of them."
         )
-    return read_configuration(config_uri, registry.settings, source.overrides)
+    configuration = read_configuration(config_uri, registry.settings, source.overrides)
+    if file := registry.settings.get("__file__"):  # of an application that merges global_config
+        configuration.refuse_unread(file)
+    return configuration
 
 
 def read_file(config_uri: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import venusian
 from celery import Task
 from celery.local import Proxy
 from celery.result import GroupResult
+from pyramid.config.actions import action_method
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import current_celery_app, get_celery_app
@@ -55,6 +56,8 @@ class TaskProxy:
         update_wrapper(self, target, updated=())
         self._options = dict(options)
         self._target = apply_option(target, self._options.pop("one_instance", None))
+        #: File, line, function and source of the decorator, as Pyramid reports conflicts.
+        self.place: tuple[str, int, str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -178,7 +181,8 @@ def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
     proxy = TaskProxy(target, options)
     for category in ("pyramid", CATEGORY):  # config.scan() looks for the first
         # Two frames above is the module that decorates: task() or its lambda is between.
-        venusian.attach(proxy, _register_found, category=category, depth=2)
+        attached = venusian.attach(proxy, _register_found, category=category, depth=2)
+        proxy.place = attached.codeinfo
     return proxy
 
 
@@ -188,7 +192,11 @@ def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
     if add is not None:
         add(proxy)
     else:
-        _add(scanner.config, proxy, "config.scan")
+        file, line, function, _ = proxy.place or (None, 0, "", "")
+        said = f"{proxy.target} is a task called {proxy.name!r}. Give it another name."
+        # So do Pyramid's own decorators tell where they are.
+        add = action_method(_add)
+        add(scanner.config, proxy, "config.scan", _info=(file, line, function, said))
 
 
 def add_celery_task(

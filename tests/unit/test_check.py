@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+from pyramid.config import Configurator
+from pyramid.exceptions import ConfigurationExecutionError
 
+from ws_celery import get_celery_app
+from ws_celery.applications import load_registry
 from ws_celery.checks import examine
 from ws_celery.cli import main
+from ws_celery.cli.application import load_celery_app
+from ws_celery.exceptions import ConfigurationError
 
 
 def test_a_configuration_without_doubts_has_no_findings(found):
@@ -241,6 +248,85 @@ def test_all_faults_are_printed_once(run, site):
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == len(set(errors)) == 5
     assert output.endswith("5 errors, 0 warnings.\n")
+
+
+@pytest.mark.parametrize("where", ["environment", "application"])
+def test_sections_of_a_file_that_the_application_does_not_read_are_an_error(
+    site, monkeypatch, where
+):
+    path = _without_config_uri(site("task_default_queue = mine\n[celeryqueue:mine]\n"))
+    if where == "environment":
+        monkeypatch.setenv("CELERY_BROKER_URL", "memory://")
+    else:
+        _replace(path, "broker_url = memory://", "task_ignore_result = true")
+        _replace(path, "[celery]", "celery.broker_url = memory://\n[celery]")
+
+    (finding,) = (each for each in examine(path).findings if each.severity == "error")
+
+    assert finding.text == (
+        "[celery] is not read, as ws_celery.config_uri does not name this file; expected "
+        "`ws_celery.config_uri = %(__file__)s` in the section of the application."
+    )
+    assert (finding.file, finding.line) == (path, 4 if where == "environment" else 5)
+
+
+def test_a_command_does_not_start_without_the_sections_of_its_file(site, monkeypatch):
+    path = _without_config_uri(site(""))
+    monkeypatch.setenv("CELERY_BROKER_URL", "memory://")
+
+    with pytest.raises(
+        ConfigurationError, match=r"\[celery\] is not read, as ws_celery.config_uri"
+    ):
+        load_celery_app(path)
+
+
+def test_a_web_process_that_knows_its_file_does_not_start_without_its_sections(site):
+    path = _without_config_uri(site(""))
+    config = Configurator(settings={"__file__": path, "celery.broker_url": "memory://"})
+    config.include("ws_celery")
+
+    with pytest.raises(ConfigurationExecutionError, match=r"\[celery\] is not read"):
+        config.commit()
+
+
+def test_a_file_without_sections_of_ours_need_not_be_read(site, monkeypatch):
+    path = _without_config_uri(site(""))
+    _replace(path, "[celery]\nbroker_url = memory://", "[logger_celery]\nlevel = INFO")
+    monkeypatch.setenv("CELERY_BROKER_URL", "memory://")
+
+    assert get_celery_app(load_registry(path)).conf.broker_url == "memory://"
+
+
+def _without_config_uri(path):
+    _replace(path, "ws_celery.config_uri = %(__file__)s\n", "")
+    return path
+
+
+def _replace(path, old, new):
+    file = Path(path)
+    file.write_text(file.read_text().replace(old, new))
+
+
+def test_a_command_says_which_tasks_have_one_name(site):
+    path = site("", code="@task(name='known')\ndef again(request): pass\n")
+
+    with pytest.raises(ConfigurationError) as caught:
+        load_celery_app(path)
+
+    message = str(caught.value)
+    assert message.startswith(f"{path}: Conflicting configuration actions\n")
+    assert ".again is a task called 'known'. Give it another name." in message
+
+
+def test_a_module_of_celery_that_is_not_read_is_a_warning(found, tmp_path):
+    module = tmp_path / "celeryconfig.py"
+    module.write_text("worker_concurrency = 3\n")
+
+    finding = found("")["celeryconfig"]
+
+    assert finding.severity == "warning"
+    assert finding.text.startswith(f"{module} is not read; set use_celeryconfig = true")
+    assert found("use_celeryconfig = true\n") == {}
 
 
 def test_strict_makes_warnings_count(run, site):

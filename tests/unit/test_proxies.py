@@ -388,6 +388,36 @@ def test_two_tasks_of_one_name_conflict(make_config):
         config.commit()
 
 
+def test_two_scanned_tasks_of_one_name_are_told_with_their_places(make_config, write_module):
+    module = write_module(
+        """
+        from ws_celery import task
+
+        @task(name="mail")
+        def one(request):
+            pass
+
+        @task(name="mail")
+        def two(request):
+            pass
+        """
+    )
+    config = make_config()
+    config.scan(module)
+
+    with pytest.raises(ConfigurationConflictError) as caught:
+        config.commit()
+
+    file = sys.modules[module].__file__
+    said = [line.strip() for line in str(caught.value).splitlines()[2:]]
+    assert said == [
+        f"Line 4 of file {file}:",
+        f"{module}.one is a task called 'mail'. Give it another name.",
+        f"Line 8 of file {file}:",
+        f"{module}.two is a task called 'mail'. Give it another name.",
+    ]
+
+
 def test_imports_do_not_disturb_overridden_actions_of_pyramid(make_app, write_module):
     def predicate(config):
         config.add_view_predicate("anything", object)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import socket
+import ssl
 import sys
 import textwrap
 from datetime import timedelta
@@ -14,7 +16,7 @@ from kombu.transport.redis import Channel
 
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import INI_VARIABLES, read_configuration, survey
-from ws_celery.settings.keys import TRANSPORT_KEYS
+from ws_celery.settings.broker_kinds import TRANSPORT_KEYS
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_an_option_that_is_a_mapping_has_a_section(read):
         priority_steps = [0, 3, 6]
         anything = 1.5
         retry_policy.timeout = 5.0
-        retry_policy.inner.deep = {"a": null}
+        predefined_queues.inner.deep = {"a": null}
         """
     ).settings
 
@@ -81,7 +83,8 @@ def test_an_option_that_is_a_mapping_has_a_section(read):
         "queue_order_strategy": "priority",
         "priority_steps": [0, 3, 6],
         "anything": 1.5,
-        "retry_policy": {"timeout": 5.0, "inner": {"deep": {"a": None}}},
+        "retry_policy": {"timeout": 5},
+        "predefined_queues": {"inner": {"deep": {"a": None}}},
     }
     assert type(settings["broker_transport_options"]["visibility_timeout"]) is int
 
@@ -248,8 +251,6 @@ def test_sections_of_others_are_left_alone(read):
         ("[celery:broker_transport_options]\npriority_steps = [0, true]", "type bool"),
         ("[celery:broker_transport_options]\npriority_steps = 3", "a JSON array of whole numbers"),
         ("[celery:broker_transport_options]\nvisibility_timeout = soon", "expected seconds"),
-        ("[celerybeat:x]\nenabled = false\n[celerybeat: x]\nenabled = false",
-         "this section is already there, as [celerybeat:x] at "),
         ("[celery:broker_transport_options]\na = 1\n[celery:BROKER_TRANSPORT_OPTIONS]\nb = 1",
          "as [celery:broker_transport_options] at "),
         ("timezone.x = 1", "timezone is no mapping; it has no keys"),
@@ -366,11 +367,53 @@ def test_a_key_of_no_mapping_is_refused_in_the_section_of_the_application_too(fa
 
 
 def test_one_section_in_two_spellings_names_both_places(faults):
-    (fault,) = faults("[celeryqueue:x]\n[celery]\nbroker_url = memory://\n[celeryqueue: x]\n")
+    options = "broker_transport_options"
+    (fault,) = faults(
+        f"[celery:{options}]\na = 1\n"
+        f"[celery]\nbroker_url = memory://\n[celery:{options.upper()}]\nb = 1"
+    )
 
-    assert (fault.line, fault.section) == (4, "celeryqueue: x")
-    assert "as [celeryqueue:x] at " in str(fault)
+    assert (fault.line, fault.section) == (5, f"celery:{options.upper()}")
+    assert f"as [celery:{options}] at " in str(fault)
     assert str(fault).endswith("app.ini:1.")
+
+
+@pytest.mark.parametrize(
+    ("heading", "meant"),
+    [
+        ("[ celery ]", "[celery]"),
+        ("[Celery]", "[celery]"),
+        ("[cellery]", "[celery]"),
+        ("[celery] ; of [app:main]", "[celery]"),
+        ("[ celerybeat:x ]", "[celerybeat:x]"),
+        ("[celerybeat: x]", "[celerybeat:x]"),
+        ("[celerybeat :x]", "[celerybeat:x]"),
+        ("[celery beat:x]", "[celerybeat:x]"),
+        ("[celery_beat:x]", "[celerybeat:x]"),
+        ("[celerybeats:x]", "[celerybeat:x]"),
+        ("[CeleryBeat:x]", "[celerybeat:x]"),
+        ("[celerybeat::x]", "[celerybeat:x]"),
+        ("[celerybeat.x]", "[celerybeat:x]"),
+        ("[celerybeat x]", "[celerybeat:x]"),
+        ("[celerybeat=x]", "[celerybeat:x]"),
+        ('["celerybeat:x"]', "[celerybeat:x]"),
+        ('[celerybeat:"x"]', "[celerybeat:x]"),
+        ("[celerybeat:x ; nightly]", "[celerybeat:x]"),
+        ("[celeryroute.shop.tasks.slow]", "[celeryroute:shop.tasks.slow]"),
+        ("[celery.broker_transport_options]", "[celery:broker_transport_options]"),
+        ("[celery_metrics_and_whatever_else]", "[celery]"),
+    ],
+)
+def test_a_section_that_is_nearly_ours_is_refused_with_the_right_spelling(faults, heading, meant):
+    (fault,) = faults(f"[DEFAULT]\n{heading}\n[celeryqueue:a]\n[server:main]\nport = 1\n")[-1:]
+
+    assert (fault.line, fault.nearest) == (2, meant)
+
+
+def test_names_of_sections_may_have_blanks_and_signs(read):
+    settings = read("[celeryqueue:a;b#c]\n[celeryqueue:my queue]\n[celeryqueue:a:b]\n").settings
+
+    assert [queue.name for queue in settings["task_queues"]] == ["a;b#c", "my queue", "a:b"]
 
 
 def test_every_transport_option_of_redis_is_accepted(read):
@@ -572,6 +615,37 @@ def test_a_file_shares_and_overrides_another(ini):
     assert row.place.line == 4
 
 
+def test_a_file_gives_an_entry_another_type_of_schedule(ini):
+    ini(
+        """
+        [celery]
+        broker_url = memory://
+        [celerybeat:a]
+        task = t
+        type = crontab
+        schedule = 0 3 * * *
+        timezone = Europe/Berlin
+        """,
+        "base.ini",
+    )
+
+    def read(lines):
+        path = ini(f"[celery]\nuse = config:base.ini\n[celerybeat:a]\n{lines}")
+        return read_configuration(path)
+
+    interval = read("type = timedelta\nschedule = 1h")
+    later = read("schedule = 0 4 * * *")
+    same = read("type = crontab\nschedule = 0 5 * * *")
+
+    assert interval.entries["a"] == {"task": "t", "type": "timedelta", "schedule": "1h"}
+    assert interval.settings["beat_schedule"]["a"]["schedule"] == timedelta(hours=1)
+    for configuration, hour in ((later, 4), (same, 5)):
+        schedule = configuration.settings["beat_schedule"]["a"]["schedule"]
+        assert (str(schedule.tz), schedule.hour) == ("Europe/Berlin", {hour})
+    with pytest.raises(ConfigurationError, match="schedule is missing"):
+        read("type = timedelta")
+
+
 def test_a_circle_of_files_is_named(ini):
     ini("[celery]\nuse = config:app.ini\n", "base.ini")
 
@@ -766,7 +840,8 @@ def test_a_file_of_another_kind_is_told(tmp_path):
 
 
 def test_the_module_of_celery_is_read_if_the_file_asks_for_it(read, tmp_path, monkeypatch):
-    module = tmp_path / "celeryconfig.py"
+    module = tmp_path / "lib" / "celeryconfig.py"
+    module.parent.mkdir()
     module.write_text(
         "import os\n"
         "from celery.schedules import crontab\n"
@@ -775,7 +850,7 @@ def test_the_module_of_celery_is_read_if_the_file_asks_for_it(read, tmp_path, mo
         "beat_schedule = {'a': {'task': 't', 'schedule': crontab(minute=0)}}\n"
         "def helper(): pass\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(module.parent))
 
     settings = read("USE_CELERYCONFIG = True\nworker_prefetch_multiplier = 1\n").settings
     del sys.modules["celeryconfig"]
@@ -785,10 +860,56 @@ def test_the_module_of_celery_is_read_if_the_file_asks_for_it(read, tmp_path, mo
     assert settings["beat_schedule"]["a"]["schedule"] == crontab(minute=0)
 
 
+def test_the_module_of_celery_is_found_beside_the_file(read, tmp_path):
+    (tmp_path / "celeryconfig.py").write_text("worker_concurrency = 3\n")
+
+    configuration = read("use_celeryconfig = true\n")
+
+    place = configuration.place("worker_concurrency")
+    assert configuration.settings["worker_concurrency"] == 3
+    assert place.file == str(tmp_path / "celeryconfig.py")
+    assert "celeryconfig" not in sys.modules
+
+
+def test_the_module_of_celery_may_have_another_name(read, tmp_path, monkeypatch, caplog):
+    (tmp_path / "settings_of_celery.py").write_text("worker_concurrency = 3\n")
+    (tmp_path / "others_of_celery.py").write_text("worker_concurrency = 4\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "use_celeryconfig = true\nCELERY_CONFIG_MODULE = settings_of_celery\n"
+
+    named = read(text)
+    monkeypatch.setenv("CELERY_CONFIG_MODULE", "others_of_celery")
+    overridden = read(text)
+    overridden.report()
+
+    assert named.settings["worker_concurrency"] == 3
+    assert overridden.settings["worker_concurrency"] == 4
+    assert caplog.messages == [
+        "environment: CELERY_CONFIG_MODULE = others_of_celery names the module that is read"
+    ]
+
+
+def test_a_module_of_celery_that_is_not_read_is_told(read, tmp_path, monkeypatch, caplog):
+    module = tmp_path / "celeryconfig.py"
+    module.write_text("raise SystemExit\n")
+
+    read("").report()
+    read("use_celeryconfig = false\n").report()
+    monkeypatch.setenv("CELERY_CONFIG_MODULE", "shop.celeryconfig")
+    read("").report()
+
+    remedy = "is not read; set use_celeryconfig = true in [celery], or"
+    assert caplog.messages == [
+        f"{module} {remedy} remove it",
+        f"environment: CELERY_CONFIG_MODULE = shop.celeryconfig {remedy} unset it",
+    ]
+
+
 def test_a_module_of_celery_that_is_missing_is_told(faults):
     (fault,) = faults("[celery]\nbroker_url = memory://\nuse_celeryconfig = true\n")
 
     assert "the module celeryconfig cannot be imported (ModuleNotFoundError" in str(fault)
+    assert "; expected celeryconfig.py beside this file, or a module on Python's path" in str(fault)
     assert fault.line == 3
 
 
@@ -805,3 +926,303 @@ def test_the_section_of_the_application_is_interpolated_once(ini):
 
     assert read_configuration(path).settings["task_default_queue"] == "${A}"
     assert read_configuration(path, settings).settings["task_default_queue"] == "${A}"
+
+
+# What a mapping has inside
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "lines", "expected"),
+    [
+        (
+            "broker_transport_options",
+            '{"visibility_timeout": "43200", "fanout_prefix": "false", "max_connections": 5}',
+            "visibility_timeout = 43200\nfanout_prefix = false\nmax_connections = 5",
+            {"visibility_timeout": 43200, "fanout_prefix": False, "max_connections": 5},
+        ),
+        (
+            "result_backend_transport_options",
+            '{"retry_policy": {"timeout": "5s", "max_retries": null}, "global_keyprefix": "a-"}',
+            "retry_policy.timeout = 5s\nretry_policy.max_retries = none\nglobal_keyprefix = a-",
+            {"retry_policy": {"timeout": 5, "max_retries": None}, "global_keyprefix": "a-"},
+        ),
+        (
+            "broker_use_ssl",
+            '{"cert_reqs": "ssl.CERT_REQUIRED", "ssl_version": "PROTOCOL_TLS_CLIENT"}',
+            "cert_reqs = CERT_REQUIRED\nssl_version = ssl.PROTOCOL_TLS_CLIENT",
+            {"cert_reqs": ssl.CERT_REQUIRED, "ssl_version": ssl.PROTOCOL_TLS_CLIENT},
+        ),
+        (
+            "redis_backend_use_ssl",
+            '{"ssl_cert_reqs": "required", "ssl_check_hostname": "no"}',
+            "ssl_cert_reqs = required\nssl_check_hostname = no",
+            {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": False},
+        ),
+        (
+            "task_publish_retry_policy",
+            '{"max_retries": "3", "interval_step": "0.5"}',
+            "max_retries = 3\ninterval_step = 0.5",
+            {"max_retries": 3, "interval_step": 0.5},
+        ),
+        (
+            "database_engine_options",
+            '{"pool_recycle": "-1", "pool_size": "5", "pool_timeout": "1m", "connect_args": {}}',
+            "pool_recycle = -1\npool_size = 5\npool_timeout = 1m\nconnect_args = {}",
+            {"pool_recycle": -1, "pool_size": 5, "pool_timeout": 60, "connect_args": {}},
+        ),
+        (
+            "mongodb_backend_settings",
+            '{"database": "7", "max_connections": "4", "x": 1}',
+            "database = 7\nmax_connections = 4\nx = 1",
+            {"database": "7", "max_connections": 4, "x": 1},
+        ),
+    ],
+)
+def test_json_and_section_of_a_mapping_are_the_same(read, option, text, lines, expected):
+    in_json = read(f"{option} = {text}\n").settings[option]
+    in_section = read(f"[celery:{option}]\n{lines}\n").settings[option]
+
+    assert in_json == in_section == expected
+    assert repr(in_json) == repr(in_section) == repr(expected)  # the types, too
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "line", "words"),
+    [
+        ("broker_transport_options", '{"visibilty_timeout": 43200}', "visibilty_timeout = 43200",
+         "Did you mean visibility_timeout?"),
+        ("broker_transport_options", '{"visibility_timeout": "soon"}', "visibility_timeout = soon",
+         "expected seconds, or a period"),
+        ("broker_transport_options", '{"socket_keepalive_options": {"TCP_KEEPIDEL": 60}}',
+         'socket_keepalive_options = {"TCP_KEEPIDEL": 60}', "Did you mean TCP_KEEPIDLE?"),
+        ("broker_transport_options", '{"socket_keepalive_options": 1}',
+         "socket_keepalive_options.TCP_KEEPIDLE = 60", "a JSON object"),
+        ("result_backend_transport_options", '{"retry_policy": {"timout": 5}}',
+         "retry_policy.timout = 5", "Did you mean timeout?"),
+        ("result_backend_transport_options", '{"master_nam": "a"}', "master_nam = a",
+         "Did you mean master_name?"),
+        ("broker_use_ssl", '{"ca_cert": "/a"}', "ca_cert = /a", "Did you mean ca_certs?"),
+        ("broker_use_ssl", '{"cert_reqs": "ssl.CERT_REQUIRE"}', "cert_reqs = ssl.CERT_REQUIRE",
+         "Did you mean CERT_REQUIRED?"),
+        ("redis_backend_use_ssl", '{"ssl_cert_reqs": 7}', "ssl_cert_reqs = 7",
+         "one of CERT_NONE, CERT_OPTIONAL, CERT_REQUIRED"),
+        ("task_publish_retry_policy", '{"max_retries": "many"}', "max_retries = many",
+         "a whole number of at least 0, or none"),
+        ("task_publish_retry_policy", '{"errback": "a"}', "errback = a", "not known"),
+        ("database_engine_options", '{"pool_sizes": 1}', "pool_sizes = 1", "mean pool_size?"),
+        ("database_table_names", '{"tasks": "a"}', "tasks = a", "Did you mean task?"),
+    ],
+)  # fmt: skip
+def test_json_and_section_of_a_mapping_refuse_the_same(faults, option, text, line, words):
+    broker = "[celery]\nbroker_url = memory://\n"
+    (in_json,) = faults(f"{broker}{option} = {text}\n")
+    (in_section,) = faults(f"{broker}[celery:{option}]\n{line}\n")
+
+    assert (in_json.line, in_section.line) == (3, 4)
+    for fault in (in_json, in_section):
+        said = str(fault).replace("has the unknown key errback", "this key is not known")
+        assert words in said
+
+
+def test_options_of_sockets_are_the_constants_that_redis_takes(read):
+    options = read(
+        'broker_transport_options = {"socket_keepalive_options": {"TCP_KEEPIDLE": 60}}'
+    ).settings["broker_transport_options"]
+
+    assert options == {"socket_keepalive_options": {socket.TCP_KEEPIDLE: 60}}
+
+
+def test_mappings_of_python_are_checked_likewise():
+    policy = {"retry_errors": (TimeoutError,), "max_retries": 1}
+    options = {
+        "socket_keepalive_options": {socket.TCP_KEEPIDLE: 60},
+        "credential_provider": object(),
+    }
+    settings = read_configuration(
+        None,
+        overrides={
+            "broker_url": "memory://",
+            "task_publish_retry_policy": policy,
+            "broker_transport_options": options,
+            "broker_use_ssl": {"ssl_cert_reqs": None},
+        },
+    ).settings
+
+    assert settings["task_publish_retry_policy"] == policy
+    assert settings["broker_transport_options"] == options
+    assert settings["broker_use_ssl"] == {"ssl_cert_reqs": None}
+    with pytest.raises(ConfigurationError, match="Did you mean visibility_timeout"):
+        read_configuration(
+            None,
+            overrides={
+                "broker_url": "memory://",
+                "broker_transport_options": {"visibilty_timeout": 1},
+            },
+        )
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ('[celeryqueue:a]\nqueue_arguments = {"x-message-ttl": "soon"}', "a whole number"),
+        ('[celeryqueue:a]\nqueue_arguments = {"x-queue-tpye": "quorum"}', "mean x-queue-type?"),
+        ('[celeryroute:a]\nretry_policy = {"max_retries": "many"}', "a whole number"),
+        ('[celerybeat:a]\ntask = t\ntype = integer\nschedule = 1\n'
+         'options = {"retry_policy": {"max_retrys": 1}}', "Did you mean max_retries?"),
+    ],
+)  # fmt: skip
+def test_mappings_of_other_sections_are_checked_likewise(faults, section, words):
+    (fault,) = faults(f"[celery]\nbroker_url = memory://\n{section}")
+
+    assert words in str(fault)
+
+
+# What stands around a value
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "meant"),
+    [
+        ("celery", "broker_url = amqp://h// ; main", "broker_url = amqp://h//"),
+        ("celery", "broker_url = amqp://h//\t;main", "broker_url = amqp://h//"),
+        ("celery", 'broker_url = "redis://h/0"', "broker_url = redis://h/0"),
+        ("celery", "result_backend = db+sqlite:////r.db # x", "result_backend = db+sqlite:////r.db"),
+        ("celery", "result_backend = 'redis://h/0'", "result_backend = redis://h/0"),
+        ("celery", "database_url = sqlite:///x ; y", "database_url = sqlite:///x"),
+        ("celery", "task_default_queue = slow ; slow things", "task_default_queue = slow"),
+        ("celery", "task_queues = fast, slow ; two", "task_queues = fast, slow"),
+        ("celery", "task_queues = 'fast'", "task_queues = fast"),
+        ("celery", 'task_queues = "fast", slow', "fast"),
+        ("celery", "imports = shop.tasks # all", "imports = shop.tasks"),
+        ("celery", "imports =\n  shop.tasks ; some\n  shop.more", "shop.tasks"),
+        ("celery", "task_acks_late = true ; always", "task_acks_late = true"),
+        ("celery", 'task_acks_late = "true"', "task_acks_late = true"),
+        ("celery", "worker_concurrency = 4 # four", "worker_concurrency = 4"),
+        ("celery", "timezone = 'Europe/Berlin'", "timezone = Europe/Berlin"),
+        ("celery", "worker_pool = prefork ; x", "worker_pool = prefork"),
+        ("celery", 'task_routes = {"a": "b ; c"} ; d', 'task_routes = {"a": "b ; c"}'),
+        ("celeryroute:a", "queue = slow ; slow things", "queue = slow"),
+        ("celeryroute:a", 'queue = "slow"', "queue = slow"),
+        ("celeryqueue:a", "exchange = b #c", "exchange = b"),
+        ("celeryannotate:a", "rate_limit = 10/m ; slow", "rate_limit = 10/m"),
+        ("celerybeat:a", "task = t ; x\ntype = integer\nschedule = 1", "task = t"),
+        ("celerybeat:a", "schedule = 0 3 * * * ; at 3\ntype = crontab\ntask = t",
+         "schedule = 0 3 * * *"),
+        ("celerybeat:a", 'schedule = {"hours": 1} # x\ntype = timedelta\ntask = t',
+         'schedule = {"hours": 1}'),
+        ("celery:broker_transport_options", 'client_name = "shop"', "client_name = shop"),
+        ("celery:broker_transport_options", 'global_keyprefix = "a-"', "global_keyprefix = a-"),
+        ("celery:broker_transport_options", "unknown = 'shop-'", "unknown = shop-"),
+        ("celery:broker_transport_options", "unknown = a ; b", "unknown = a"),
+        ("celery:broker_transport_options", 'unknown = "a ; b" ; c', 'unknown = "a ; b"'),
+        ("app:main", "ws_celery.locks = redis://h/2 ; locks", "ws_celery.locks = redis://h/2"),
+        ("app:main", 'ws_celery.dbsession = "db"', "ws_celery.dbsession = db"),
+        ("app:main", "celery.timezone = UTC ; x", "celery.timezone = UTC"),
+    ],
+)  # fmt: skip
+def test_comments_behind_a_value_and_quotes_are_refused_with_the_line(faults, section, line, meant):
+    broker = "" if line.startswith("broker_url") else "broker_url = memory://\n"
+    heading = "" if section == "celery" else f"[{section}]\n"
+    (fault,) = faults(f"[celery]\n{broker}{heading}{line}\n")
+
+    assert fault.nearest == meant
+    assert fault.problem.startswith(
+        ("has a comment behind it", "has quotes around it", 'has "fast"')
+    )
+
+
+@pytest.mark.parametrize("value", ["amqp://u:s3cret@h// ; main", '"amqp://u:s3cret@h//"'])
+def test_the_line_as_it_should_be_shows_no_secret(faults, value):
+    (fault,) = faults(f"[celery]\nbroker_url = {value}\n")
+
+    assert fault.nearest == "broker_url = amqp://u:********@h//"
+    assert "s3cret" not in str(fault)
+
+
+@pytest.mark.parametrize("option", ["broker_url", "result_backend", "database_url"])
+def test_a_url_has_no_blanks(faults, option):
+    broker = "" if option == "broker_url" else "broker_url = memory://\n"
+    (fault,) = faults(f"[celery]\n{broker}{option} = redis://localhost/my queue\n")
+
+    assert fault.problem == "has a blank, which a URL writes as %20"
+
+
+def test_signs_that_belong_to_a_value_stay(read, ini):
+    configuration = read(
+        """
+        result_backend = redis://:pa;ss#word@h/0
+        redis_password = "half ; a #secret"
+        worker_log_format = [%%(levelname)s] %%(message)s # %%(process)d ; x
+        task_routes = {"a": {"queue": "b ; c #d"}}
+        [celeryroute:shop.*]
+        routing_key = #
+        [celeryroute:other.*]
+        routing_key = shop.#
+        queue = a;b#c
+        [celeryroute:third]
+        queue = #1
+        [celerybeat:a]
+        task = t
+        type = crontab
+        schedule = */5 * * * *
+        description = "Mails" ; the #1 job, and "more"
+        kwargs =
+            {"text": "a ; b # c",
+             "more": "d ; e"}
+        [celery:broker_transport_options]
+        unknown = "a ; b"
+        password = 'x' #y
+        predefined_queues = {"a": {"url": "x ; y"}}
+        """
+    )
+
+    settings = configuration.settings
+    assert settings["result_backend"] == "redis://:pa;ss#word@h/0"
+    assert settings["redis_password"] == '"half ; a #secret"'  # noqa: S105 - of nobody
+    assert settings["worker_log_format"].endswith("# %(process)d ; x")
+    assert settings["task_routes"] == {
+        "a": {"queue": "b ; c #d"},
+        "shop.*": {"routing_key": "#"},
+        "other.*": {"routing_key": "shop.#", "queue": "a;b#c"},
+        "third": {"queue": "#1"},
+    }
+    assert settings["beat_schedule"]["a"]["kwargs"] == {"text": "a ; b # c", "more": "d ; e"}
+    assert configuration.entries["a"]["description"] == '"Mails" ; the #1 job, and "more"'
+    assert settings["broker_transport_options"] == {
+        "unknown": "a ; b",
+        "password": "'x' #y",
+        "predefined_queues": {"a": {"url": "x ; y"}},
+    }
+    path = ini("[celery]\nbroker_url = amqp://one; amqp://two;amqp://three\n")
+    urls = read_configuration(path).settings["broker_url"]
+    assert urls == ["amqp://one", "amqp://two;amqp://three"]
+
+
+def test_commands_may_have_signs_in_quotes_only(ini, faults):
+    text = "[celery]\nbroker_url = memory://\n[app:main]\nws_celery.commands =\n  "
+    read_configuration(ini(f"{text}a = sh -c 'one ; two # three'\n  b = find -exec rm '{{}}' ';'"))
+
+    (fault,) = faults(f"{text}a = backup all ; each night")
+
+    assert "has a with ; or # before a word" in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("option", "url", "meant"),
+    [
+        ("broker_url", "sqlite:///x", "sqla+sqlite:///x"),
+        ("broker_url", "postgresql+psycopg://h/x", "sqla+postgresql+psycopg://h/x"),
+        ("broker_write_url", "mysql://h/x", "sqla+mysql://h/x"),
+        ("result_backend", "sqlite:///x", "db+sqlite:///x"),
+        ("result_backend", "postgres://u:s3cret@h/x", "db+postgresql://u:********@h/x"),
+        ("result_backend", "mariadb+pymysql://h/x", "db+mariadb+pymysql://h/x"),
+    ],
+)
+def test_the_url_of_a_database_is_answered_with_the_one_that_celery_takes(
+    faults, option, url, meant
+):
+    broker = "" if option == "broker_url" else "broker_url = memory://\n"
+    (fault,) = faults(f"[celery]\n{broker}{option} = {url}\n")
+
+    assert (fault.problem, fault.nearest) == ("is the URL of a database", meant)
+    assert "s3cret" not in str(fault)

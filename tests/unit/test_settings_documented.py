@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 from celery.schedules import crontab
 
-from ws_celery.settings import read_configuration
+from ws_celery.settings import read_configuration, survey
 
 
 @pytest.fixture
@@ -218,3 +218,49 @@ def test_old_options_in_upper_case_have_the_types_that_celery_wants(read):
     assert app.conf.beat_schedule["tick"]["schedule"] == timedelta(seconds=1.5)
     assert app.amqp.router.route({}, "slow")["queue"].name == "slow"
     assert app.conf.worker_send_task_events is True
+
+
+def test_an_old_file_loads_when_its_lines_are_as_the_faults_say(tmp_path):
+    path = tmp_path / "app.ini"
+    lines = textwrap.dedent(
+        """
+        [ celery ]
+        BROKER_URL = "redis://localhost:6379/3" ; messages
+        CELERY_RESULT_BACKEND = postgres://localhost/results
+        CELERY_IMPORTS = shop.tasks # all of them
+        CELERYD_CONCURRENCY = "2"
+
+        [celery.broker_transport_options]
+        visibility_timeout = 18000 ; five hours
+        global_keyprefix = 'shop-'
+
+        [celerybeat: backup]
+        task = shop.tasks.backup ; nightly
+        type = crontab
+        schedule = {"hour": 3, "minute": "0"} ; "0", not 0
+
+        [celeryroute.shop.tasks.slow]
+        queue = slow ; the slow ones
+        """
+    ).splitlines()
+
+    for _ in range(4):  # what is inside of a section is read when its name is right
+        path.write_text("\n".join(lines))
+        configuration, faults = survey(str(path), need_broker=False)
+        for fault in faults:
+            whole = fault.nearest.startswith("[") or " = " in fault.nearest
+            said = fault.nearest if whole else f"{fault.key} = {fault.nearest}"
+            lines[fault.line - 1] = said
+
+    assert not faults
+    assert configuration.settings["broker_url"] == "redis://localhost:6379/3"
+    assert configuration.settings["result_backend"] == "db+postgresql://localhost/results"
+    assert configuration.settings["imports"] == ("shop.tasks",)
+    assert configuration.settings["worker_concurrency"] == 2
+    assert configuration.settings["broker_transport_options"] == {
+        "visibility_timeout": 18000,
+        "global_keyprefix": "shop-",
+    }
+    assert configuration.settings["task_routes"] == {"shop.tasks.slow": {"queue": "slow"}}
+    assert configuration.entries["backup"]["task"] == "shop.tasks.backup"
+    assert configuration.settings["beat_schedule"]["backup"]["schedule"] == crontab(0, 3)

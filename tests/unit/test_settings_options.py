@@ -82,6 +82,10 @@ EXAMPLES = {
         "reds://localhost",
     ),
     "cosmosdbsql_consistency_level": ("eventual", "Eventual", "always"),
+    **dict.fromkeys(
+        ("database_table_names", "database_table_schemas"),
+        ('{"task": "results"}', {"task": "results"}, '{"tasks": "results"}'),
+    ),
     "database_url": ("postgresql://localhost/c", "postgresql://localhost/c", "localhost"),
     "result_backend": ("redis://localhost/1", "redis://localhost/1", "reds://localhost/1"),
     "result_backend_max_retries": ("inf", float("inf"), "-1"),

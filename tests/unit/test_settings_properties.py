@@ -208,6 +208,12 @@ def test_lines_are_counted_through_comments_continuations_and_empty_lines():
     ("data", "line", "words"),
     [
         (b"[celery]\na = 1\n\nb = \xff\n", 4, "byte 0xff is not UTF-8; expected a file saved as"),
+        (
+            b"\xef\xbb\xbf[celery]\na = 1\n",
+            1,
+            "the file begins with a byte order mark; expected UTF",
+        ),
+        (b"\xef\xbb\xbf[celery]\na = 1\n", 2, "[celery] a = '1': is no option of Celery"),
         (b"a = 1\n", 1, "this line stands before the first section"),
         (b"[celery]\nhunter2\n", 2, "this line is neither a section nor a key with a value"),
         (b"[celery]\n= hunter2\n", 2, "this line is neither a section nor a key with a value"),

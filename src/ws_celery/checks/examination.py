@@ -59,6 +59,8 @@ def _spellings(configuration: Configuration) -> Iterator[Finding]:
         yield Finding.at(each.place, WARNING, "old-name", f"{each.old} is {each.new} today")
     for override in configuration.overrides:
         yield Finding(NOTE, "environment", str(override))
+    for text in configuration.told:
+        yield Finding(WARNING, "celeryconfig", text)
     for name, instead in WITHOUT_EFFECT.items():
         if name in configuration.settings:
             text = f"Celery does not read {name}, but {instead}"

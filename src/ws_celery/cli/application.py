@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import plaster
 from celery import signals
-from pyramid.exceptions import ConfigurationExecutionError
+from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import INI_VARIABLE, get_celery_app, load_registry
@@ -122,6 +122,8 @@ def _explain(error: Exception, config_uri: str) -> WsCeleryError | None:
         return NotIncluded(f"The application in {config_uri}")
     if isinstance(error, WsCeleryError):
         return error
+    if isinstance(error, ConfigurationConflictError):
+        return ConfigurationError(f"{config_uri}: {error}")
     if isinstance(error, configparser.InterpolationError):
         # Its own text shows a part of the value, which may be a password.
         return ConfigurationError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
 from collections.abc import Mapping
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -110,36 +112,60 @@ def code(overrides: Mapping[str, Any] | None) -> list[Layer]:
     if not overrides:
         return []
     name = "configure_celery()"
-    values = {key: Value(value, Place(name, "code", key)) for key, value in overrides.items()}
+    values = {
+        key: Value(value, Place(name, "code", key), literal=True)
+        for key, value in overrides.items()
+    }
     return [Layer(name, {"celery": values})]
 
 
-def celeryconfig(own: Layer, faults: Faults) -> list[Layer]:
-    """Return the layer of Celery's own Python module of settings, where the INI asks for it."""
+def celeryconfig(own: Layer, faults: Faults) -> tuple[list[Layer], list[str]]:
+    """Return the layer of Celery's own Python module of settings, where the INI asks for it.
+
+    It is ``celeryconfig.py`` beside the INI, or a module on Python's path.
+
+    :return: also what to tell of a module that is not read, or is another one than the file says.
+    """
     celery = own.sections.get("celery", {})
-    written = next((key for key in celery if key.lower() == "use_celeryconfig"), None)
-    if written is None:
-        return []
-    value = celery.pop(written)
-    name = os.environ.get("CELERY_CONFIG_MODULE") or "celeryconfig"
+    keys = {key.lower(): key for key in celery}
+    variable, beside = os.environ.get(_VARIABLE), Path(own.file).parent / "celeryconfig.py"
+    if "use_celeryconfig" not in keys:
+        return [], _unread(variable, beside)
+    value = celery.pop(keys["use_celeryconfig"])
+    named = celery.pop(keys.get("celery_config_module", ""), None)
+    name = variable or (named and str(named.text)) or "celeryconfig"
+    told = [f"environment: {_VARIABLE} = {name} names the module that is read"] if variable else []
     try:
-        wanted = BOOL.accept(value.text)
-        module = importlib.import_module(name) if wanted else None
-    except Refused:
-        faults.at(value.place, "", value=value.text, expected="true or false")
-        return []
+        return ([_read(name, beside)], told) if value.typed(BOOL) else ([], [])
+    except Refused as error:
+        faults.at(value.place, str(error), value=value.text, expected=BOOL.expected)
     except Exception as error:  # noqa: BLE001  whatever the module does
         problem = f"the module {name} cannot be imported ({type(error).__name__}: {error})"
-        faults.at(value.place, problem)
-        return []
-    return [_module_layer(module)] if module else []
+        expected = "celeryconfig.py beside this file, or a module on Python's path"
+        faults.at(value.place, problem, expected=expected)
+    return [], []
 
 
-def _module_layer(module: ModuleType) -> Layer:
-    file = getattr(module, "__file__", None) or module.__name__
+#: Celery's variable for the name of the module.
+_VARIABLE = "CELERY_CONFIG_MODULE"
+
+
+def _unread(variable: str | None, beside: Path) -> list[str]:
+    remedy = "set use_celeryconfig = true in [celery], or"
+    if variable:
+        return [f"environment: {_VARIABLE} = {variable} is not read; {remedy} unset it"]
+    return [f"{beside} is not read; {remedy} remove it"] if beside.is_file() else []
+
+
+def _read(name: str, beside: Path) -> Layer:
+    if name == "celeryconfig" and beside.is_file():
+        file, names = str(beside), runpy.run_path(str(beside))
+    else:
+        module = importlib.import_module(name)
+        file, names = getattr(module, "__file__", None) or name, vars(module)
     values = {
-        name: Value(value, Place(file, "celeryconfig", name))
-        for name, value in vars(module).items()
+        name: Value(value, Place(file, "celeryconfig", name), literal=True)
+        for name, value in names.items()
         if not name.startswith("_") and _is_setting(name, value)
     }
     return Layer(file, {"celery": values})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +20,22 @@ from kombu.serialization import registry as serializers
 from kombu.transport import TRANSPORT_ALIASES
 
 from ws_celery.converters import Refused, json_value, nearest
-from ws_celery.settings.kinds import BOOL, LIST, Kind, choice, json_value_of, mapping, whole
+from ws_celery.settings.kinds import (
+    ANYTHING,
+    BOOL,
+    LIST,
+    PROSE,
+    SECONDS,
+    TEXT,
+    Kind,
+    choice,
+    json_value_of,
+    mapping,
+    nullable,
+    number,
+    whole,
+    without_blanks,
+)
 
 __all__ = (
     "BACKEND",
@@ -29,25 +45,34 @@ __all__ = (
     "CONTENT",
     "DATABASE",
     "DELIVERY_MODE",
+    "ENGINE_OPTIONS",
     "EXCHANGE_TYPE",
     "PORT",
     "PRIORITY",
     "QUEUES",
+    "QUEUE_ARGUMENTS",
     "QUEUE_TYPE",
     "RATE",
     "RETRY_POLICY",
     "SERIALIZER",
+    "TABLE_NAMES",
     "TLS",
     "TRANSPORT",
+    "TRANSPORT_KEYS",
+    "TRANSPORT_OPTIONS",
 )
 
 
+#: SQLAlchemy's URLs begin so; Celery's and kombu's have a prefix.
+_DATABASES = frozenset(
+    ("cockroachdb", "mariadb", "mssql", "mysql", "oracle", "postgres", "postgresql", "sqlite")
+)
 _URL = re.compile(r"(?P<scheme>[A-Za-z][\w.+:-]*)://", re.ASCII)
 
 
 def _urls(text: str) -> list[str]:
     # A comma separates where another URL follows; hosts of one URL may have commas between them.
-    parts = re.split(r"[\s,]+(?=[A-Za-z][\w.+-]*://)|\s*\n\s*", text)
+    parts = re.split(r"(?:[\s,]+|;\s+)(?=[A-Za-z][\w.+-]*://)|\s*\n\s*", text)
     return [part.strip().rstrip(",") for part in parts if part.strip()]
 
 
@@ -88,11 +113,20 @@ def _known_transport(url: Any) -> None:
     match = _URL.match(url) if isinstance(url, str) else None
     if not match:
         raise Refused("is no URL")
+    without_blanks(url)
     known = {*TRANSPORT_ALIASES, "embedded"}
     transport = match["scheme"].partition("+")[0]
+    if transport in _DATABASES:
+        raise _is_database("sqla", url)
     if transport not in known and not re.search(r"[.:]", transport):
         raise Refused(f"has the unknown transport {transport}", nearest(transport, known))
     _is_embedded(url)
+
+
+def _is_database(prefix: str, url: str) -> Refused:
+    # SQLAlchemy has forgotten the short name.
+    known = re.sub("^postgres(?!ql)", "postgresql", url)
+    return Refused("is the URL of a database", f"{prefix}+{known}")
 
 
 def _transport(text: str) -> str:
@@ -114,16 +148,18 @@ def _backend(text: str) -> str:
         raise Refused("is no URL")
     if not text or "\n" in text or (not separator and ":" in text and "." not in text):
         raise Refused
+    if separator and name in _DATABASES:
+        raise _is_database("db", text)
     if name not in known and not re.fullmatch(r"[\w.]+[.:]\w+", name):
         raise Refused("is no result backend that Celery knows", nearest(name, known))
     _is_embedded(text)
-    return text
+    return without_blanks(text)
 
 
 def _database(text: str) -> str:
     if not _URL.match(text) or "\n" in text:
         raise Refused("is no URL")
-    return text
+    return without_blanks(text)
 
 
 BROKER = Kind(
@@ -213,20 +249,116 @@ QUEUES = Kind(
 )
 
 
-def _policy(value: dict[str, Any]) -> dict[str, Any]:
-    """Check the keys and numbers of a retry policy."""
-    for key, amount in value.items():
-        if key not in _POLICY:
-            raise Refused(f"has the unknown key {key}", nearest(key, _POLICY))
-        if amount is None and key in ("max_retries", "interval_max", "timeout"):
-            continue
-        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
-            raise Refused(f"has {key} = {amount!r}, which is no number of at least 0")
-    return dict(value)
+def _all(kind: Kind, *names: str) -> dict[str, Kind]:
+    return dict.fromkeys(" ".join(names).split(), kind)
 
 
-_POLICY = ("max_retries", "interval_start", "interval_step", "interval_max", "timeout")
-RETRY_POLICY = mapping('{"max_retries": 3, "interval_step": 0.2}', _policy)
+_SECONDS = nullable(SECONDS)
+_WHOLE = nullable(whole())
+
+RETRY_POLICY = mapping(
+    '{"max_retries": 3, "interval_step": 0.2}',
+    {
+        "max_retries": _WHOLE,
+        "interval_start": number(),
+        "interval_step": number(),
+        "interval_max": nullable(number()),
+        "timeout": _SECONDS,
+        "retry_errors": replace(ANYTHING, expected="classes of exceptions, from Python"),
+    },
+    others="no",
+)
+TABLE_NAMES = mapping('{"task": "results"}', {"task": TEXT, "group": TEXT}, others="no")
+ENGINE_OPTIONS = mapping(
+    '{"pool_recycle": "1h"}',
+    {
+        **_all(BOOL, "hide_parameters pool_pre_ping pool_use_lifo"),
+        **_all(whole(-1), "max_overflow pool_size"),
+        "isolation_level": TEXT,
+        "pool_recycle": replace(SECONDS, finish=number(least=-1).finish),
+        "pool_timeout": SECONDS,
+    },
+    others="unlike",
+)
+QUEUE_ARGUMENTS = mapping(
+    '{"x-queue-type": "quorum"}',
+    {
+        **_all(TEXT, "x-dead-letter-exchange x-dead-letter-routing-key"),
+        **_all(whole(), "x-max-length x-max-length-bytes x-message-ttl"),
+        "x-delivery-limit": whole(-1),
+        "x-expires": whole(1),
+        "x-max-priority": whole(0, 255),
+        "x-overflow": choice("overflow", "drop-head", "reject-publish", "reject-publish-dlx"),
+        "x-queue-mode": choice("mode", "default", "lazy"),
+        "x-queue-type": choice("queue type", "classic", "quorum", "stream"),
+        "x-single-active-consumer": BOOL,
+    },
+    others="unlike",
+)
+
+
+def _steps(values: Any) -> list[int]:
+    if not values:
+        raise Refused("is empty")
+    return [whole().accept(value) for value in values]
+
+
+_STEPS = Kind(
+    "list", "a JSON array of whole numbers", "[0, 3, 6, 9]", json_value_of(list), (list,), _steps
+)
+_BOOL_OR_TEXT = Kind("bool or text", "true, false or text", "true", ANYTHING.convert, (bool,))
+
+
+def _socket_options(values: Mapping[Any, Any]) -> dict[int, int]:
+    names = {name: each for name, each in vars(socket).items() if name.startswith("TCP_")}
+    found = {}
+    for key, value in values.items():
+        if not isinstance(key, int) and key not in names:
+            raise Refused(f"has {key}, which is no constant of socket", nearest(key, names))
+        found[int(names.get(key, key))] = whole().accept(value)
+    return found
+
+
+def _in_one_piece(_key: str) -> Kind:
+    raise Refused("has to be in one piece, as a JSON object")
+
+
+_SOCKET_OPTIONS = Kind(
+    "dict",
+    "a JSON object of constants of the module socket",
+    '{"TCP_KEEPIDLE": 60}',
+    json_value_of(dict),
+    (Mapping,),
+    _socket_options,
+    inside=_in_one_piece,
+)
+
+#: Keys of transport options and the like that would be mistaken for another type. The rest has the
+#: type that its text looks like.
+TRANSPORT_KEYS: dict[str, Kind] = {
+    **_all(
+        TEXT,
+        "client_name control_folder data_folder_in data_folder_out database global_keyprefix",
+        "groupmeta_collection master_name processed_folder queue_name_prefix region sep",
+        "taskmeta_collection unacked_index_key unacked_key unacked_mutex_key user username",
+    ),
+    **_all(BOOL, "confirm_publish is_secure login_method_strict retry_on_timeout"),
+    **_all(BOOL, "socket_keepalive store_processed"),
+    **_all(_BOOL_OR_TEXT, "fanout_patterns fanout_prefix"),
+    **_all(
+        _SECONDS,
+        "health_check_interval polling_interval socket_connect_timeout socket_timeout",
+        "unacked_restore_interval visibility_timeout",
+    ),
+    **_all(_WHOLE, "max_connections max_retries wait_time_seconds"),
+    **_all(number(), "interval_max interval_start interval_step"),
+    "password": PROSE,
+    "priority_steps": _STEPS,
+    "queue_order_strategy": choice("strategy", "round_robin", "priority", "sorted"),
+    "retry_policy": RETRY_POLICY,
+    "socket_keepalive_options": _SOCKET_OPTIONS,
+}
+TRANSPORT_OPTIONS = mapping('{"visibility_timeout": 43200}', TRANSPORT_KEYS, others="unlike")
 
 
 def _rate(text: str) -> str:
@@ -242,33 +374,56 @@ def _rate(text: str) -> str:
 RATE = Kind("rate", "a rate such as 10/s, 10/m or 10/h", "10/m", _rate, (int, float))
 
 
-def _with_ssl_constants(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return TLS options with the names of constants, such as ``CERT_REQUIRED``, resolved."""
-    return {key: _ssl_constant(key, value) for key, value in options.items()}
+def _constant(prefix: str, example: str, *none: type) -> Kind:
+    """Return the kind of constants of the module ssl, with ``ssl.`` before their names or not."""
+    names = {name: value for name, value in vars(ssl).items() if name.startswith(prefix)}
+    family: Any = type(names[example])
+
+    def convert(text: str) -> Any:
+        name = text.removeprefix("ssl.").upper()
+        for each in (name, f"{prefix}{name}"):
+            if each in names:
+                return names[each]
+        raise Refused(close=nearest(name, names))
+
+    def check(value: Any) -> Any:
+        try:
+            return None if value is None else family(value)
+        except ValueError:
+            raise Refused from None
+
+    return Kind("constant", f"one of {', '.join(names)}", example, convert, (int, *none), check)
 
 
-_SSL_PREFIXES = {"cert_reqs": "CERT_", "ssl_cert_reqs": "CERT_", "ssl_version": "PROTOCOL_"}
-
-
-def _ssl_constant(key: str, value: Any) -> Any:
-    prefix = _SSL_PREFIXES.get(key)
-    if prefix is None or not isinstance(value, str) or not value.startswith(prefix):
-        return value
-    names = [name for name in dir(ssl) if name.startswith(prefix)]
-    if value not in names:
-        raise Refused(f"has {key} = {value!r}, which is no constant of ssl", nearest(value, names))
-    return getattr(ssl, value)
+_CERTIFICATES = _constant("CERT_", "CERT_REQUIRED", type(None))
+_PROTOCOL = _constant("PROTOCOL_", "PROTOCOL_TLS_CLIENT")
+_TLS = mapping(
+    '{"cert_reqs": "CERT_REQUIRED"}',
+    {
+        **_all(
+            TEXT,
+            "ca_certs certfile ciphers keyfile server_hostname",
+            "ssl_ca_certs ssl_ca_path ssl_certfile ssl_ciphers ssl_keyfile",
+        ),
+        **_all(BOOL, "server_side ssl_check_hostname"),
+        **_all(_CERTIFICATES, "cert_reqs ssl_cert_reqs"),
+        **_all(ANYTHING, "ssl_ca_data ssl_min_version"),
+        "ssl_password": PROSE,
+        "ssl_version": _PROTOCOL,
+    },
+    others="unlike",
+)
 
 
 def _tls(text: str) -> Any:
     return json_value_of(dict)(text) if text.startswith("{") else BOOL.convert(text)
 
 
-TLS = Kind(
-    "bool or dict",
-    "true, false or a JSON object",
-    '{"cert_reqs": "CERT_REQUIRED"}',
-    _tls,
-    (bool, Mapping),
-    lambda value: value if isinstance(value, bool) else _with_ssl_constants(value),
+TLS = replace(
+    _TLS,
+    name="bool or dict",
+    expected="true, false or a JSON object",
+    convert=_tls,
+    types=(bool, Mapping),
+    finish=lambda value: value if isinstance(value, bool) else _TLS.finish(value),
 )

@@ -32,8 +32,13 @@ def _split(commands: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
             raise Refused(f"has a line without a name, or the name {name!r}")
         try:
             found[name] = tuple(shlex.split(command))
+            words = shlex.split(command, posix=False)
         except ValueError as error:
             raise Refused(f"has {name}: {error}") from None
+        if any(word.startswith((";", "#")) for word in words):
+            raise Refused(
+                f"has {name} with ; or # before a word, which needs quotes or its own line"
+            )
         if not found[name] or found[name][0] == "...":
             raise Refused(f"has {name} without a program")
     return found
@@ -47,4 +52,5 @@ COMMANDS = Kind(
     _lines,
     (dict,),
     _split,
+    prose=True,
 )

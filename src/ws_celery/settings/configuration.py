@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import plaster
+
 from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.settings.application import celeryconfig, code, merge_app_settings
 from ws_celery.settings.environment import Override, ini_variables, obey_environment
 from ws_celery.settings.faults import Faults, Place, Value
-from ws_celery.settings.gathering import Renamed
+from ws_celery.settings.gathering import Renamed, is_for_celery
 from ws_celery.settings.layers import Layer, read_layers
 from ws_celery.settings.sections import Sections, Setting
 
@@ -41,6 +43,8 @@ class Configuration:
     :param call_options: options of calls by task or glob, from routes.
     :param entries: the schedule's entries by name, as they are written.
     :param entries_of_code: those that ``beat_schedule`` has in Python.
+    :param files: the files that were read.
+    :param told: what to tell of Celery's own module of settings.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +54,24 @@ class Configuration:
     call_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     entries_of_code: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: frozenset[str] = frozenset()
+    told: list[str] = field(default_factory=list)
+
+    def refuse_unread(self, config_uri: str) -> None:
+        """Make sure that the ``[celery...]`` sections of a file are among what was read.
+
+        :param config_uri: the file that a process of the application was started with.
+        :raises ConfigurationError: if they are not: nothing would come of them.
+        """
+        if os.path.realpath(plaster.parse_uri(config_uri).path) in self.files:
+            return
+        layers, _ = read_layers(config_uri, ini_variables())
+        sections = layers[0].sections if layers else ()
+        section = next(filter(is_for_celery, sections), None)
+        if section is not None:
+            problem = "is not read, as ws_celery.config_uri does not name this file"
+            remedy = "`ws_celery.config_uri = %(__file__)s` in the section of the application"
+            raise ConfigurationError(layers[0].heading(section).fault(problem, expected=remedy))
 
     def place(self, option: str) -> Place | None:
         """Return where an option, or the first of its keys, is written."""
@@ -57,8 +79,8 @@ class Configuration:
 
     def report(self) -> None:
         """Log, one line each, what somebody who reads the files would not expect."""
-        for override in self.overrides:
-            log.warning("%s", override)
+        for line in (*self.overrides, *self.told):
+            log.warning("%s", line)
         if self.renamed:
             names = dict.fromkeys(f"{each.old} is {each.new}" for each in self.renamed)
             log.warning("old names of settings, which still work: %s", ", ".join(names))
@@ -98,7 +120,8 @@ def survey(
     readable = not faults
     own = layers[0] if layers else Layer(config_uri or "")
     merge_app_settings(own, config_uri, app_settings, faults)
-    layers = [*code(overrides), *(layers or [own]), *celeryconfig(own, faults)]
+    module, told = celeryconfig(own, faults)
+    layers = [*code(overrides), *(layers or [own]), *module]
     sections = Sections(layers, faults)
     if config_uri and readable and _lacks_celery(layers, faults):
         faults.append(Fault(f"the section [celery] is missing. {_REMEDY}", config_uri))
@@ -117,6 +140,8 @@ def survey(
         sections.call_options,
         sections.entries,
         sections.entries_of_code,
+        frozenset(os.path.realpath(layer.file) for layer in layers),
+        told,
     )
     return configuration, list(ConfigurationError.of(faults).faults)
 

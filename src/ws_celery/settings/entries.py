@@ -94,5 +94,6 @@ def _timing(
             problem = f"has no meaning for the type {name}, only for {', '.join(types)}"
             faults.at(values[key].place, problem)
     with faults.catching(schedule):
+        schedule.check()
         return parse_schedule(name, text, keys.get("timezone"))
     return None

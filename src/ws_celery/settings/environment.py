@@ -88,14 +88,14 @@ def obey_environment(
         variable, text = next(iter(given.items()))
         place = Place("environment", "", variable)
         with faults.catching(Value(text, place), OPTIONS[option].kind.expected):
-            settings[option] = value = _from_environment(option, text)
+            settings[option] = value = _from_environment(option, Value(text, place))
             beaten = next((row for row in rows if row.name == option), None)
             if beaten is None or beaten.value != value:
                 overrides.append(Override(option, variable, text, beaten))
     return overrides
 
 
-def _from_environment(option: str, text: str) -> Any:
-    if text.startswith("embedded:"):
+def _from_environment(option: str, value: Value) -> Any:
+    if str(value.text).startswith("embedded:"):
         raise Refused("embedded: works in the INI file only")
-    return OPTIONS[option].kind.accept(text)
+    return value.typed(OPTIONS[option].kind)

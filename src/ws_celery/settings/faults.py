@@ -9,8 +9,8 @@ from typing import Any
 
 from ws_celery.converters import Refused, nearest
 from ws_celery.exceptions import Fault
-from ws_celery.masking import masked
-from ws_celery.settings.kinds import Kind
+from ws_celery.masking import masked, masked_text
+from ws_celery.settings.kinds import TEXT, Kind, Miswritten, miswritten
 
 __all__ = ("Faults", "Place", "Value")
 
@@ -44,10 +44,11 @@ class Place:
         """Return what is wrong with the key here.
 
         :param value: what stands there; masked if the key, or what it was meant to be, is a secret.
-        :param close: the legal name that is most like an unknown one.
+        :param close: what was probably meant: a legal name, or the line as it should be.
         """
         name = f"{self.section} {self.key} {close or ''}"
         shown = None if value is None else str(masked(name, value))
+        close = close and masked_text(close)
         return Fault(problem, self.file, self.line, self.section, self.key, shown, expected, close)
 
     def key_beside(self, key: str) -> Place:
@@ -57,10 +58,29 @@ class Place:
 
 @dataclass(frozen=True)
 class Value:
-    """The text of one key, interpolated, and its place; from Python it may be any value."""
+    """The text of one key, interpolated, and its place; from Python it may be any value.
+
+    :param literal: whether it stands in Python or JSON, which say themselves where a text ends.
+    """
 
     text: object
     place: Place
+    literal: bool = False
+
+    def typed(self, kind: Kind) -> Any:
+        """Return the value of a kind.
+
+        :raises Refused: if it is of another one, or something stands around it.
+        """
+        self.check(kind)
+        return kind.accept(self.text)
+
+    def check(self, kind: Kind = TEXT) -> None:
+        """Refuse a text of a file that has a comment behind the value, or quotes around it."""
+        if isinstance(self.text, str) and not (self.literal or kind.prose):
+            error = miswritten(self.text, kind.quotes)
+            if error:
+                raise error
 
 
 class Faults(list[Fault]):
@@ -76,7 +96,10 @@ class Faults(list[Fault]):
         try:
             yield
         except Refused as error:
-            self.at(value.place, str(error), value=value.text, expected=expected, close=error.close)
+            close = error.close
+            if isinstance(error, Miswritten):
+                close, expected = _line(value, error.close), None
+            self.at(value.place, str(error), value=value.text, expected=expected, close=close)
 
     def typed(
         self, values: Mapping[str, Value], kinds: Mapping[str, Kind], also: tuple[str, ...] = ()
@@ -93,5 +116,13 @@ class Faults(list[Fault]):
                 self.at(value.place, "this key is not known", value=value.text, close=close)
                 continue
             with self.catching(value, kind.expected):
-                found[key] = kind.accept(value.text)
+                found[key] = value.typed(kind)
         return found
+
+
+def _line(value: Value, bare: str | None) -> str | None:
+    """Return the line as it should be."""
+    if not bare or "\n" in str(value.text):
+        return bare or None
+    key = value.place.key
+    return f"{key} = {masked(f'{value.place.section} {key}', bare)}"

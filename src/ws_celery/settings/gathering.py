@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from ws_celery.converters import nearest
+from ws_celery.schedules import KEYS_OF_TYPES
 from ws_celery.settings.faults import Faults, Place, Value
+from ws_celery.settings.kinds import miswritten
 from ws_celery.settings.layers import Layer
 from ws_celery.settings.names import REMOVED, find_option, option_names
 from ws_celery.settings.options import OPTIONS
 
-__all__ = ("Block", "Found", "Gathering", "Renamed")
+__all__ = ("Block", "Found", "Gathering", "Renamed", "is_for_celery")
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,23 @@ class Found:
 
 @dataclass
 class Block:
-    """The keys of one named section, those of nearer layers first."""
+    """The keys of one named section, by layer, the nearest first."""
 
     place: Place
-    values: dict[str, Value] = field(default_factory=dict)
+    layers: list[dict[str, Value]] = field(default_factory=list)
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """The keys as they count: the nearer layer beats the one that it includes."""
+        found: dict[str, Value] = {}
+        for layer in reversed(self.layers):
+            kinds = {each["type"].text for each in (found, layer) if "type" in each}
+            if len(kinds) > 1:
+                # What belongs to another type of schedule means nothing to this one.
+                for key in ("schedule", *KEYS_OF_TYPES):
+                    found.pop(key, None)
+            found.update(layer)
+        return found
 
 
 #: Kind of section to what its name is.
@@ -77,26 +93,19 @@ class Gathering:
                 self._section(number, layer.heading(section), values)
 
     def _section(self, layer: int, heading: Place, values: dict[str, Value]) -> None:
-        kind, colon, name = heading.section.partition(":")
-        name = name.strip()
+        kind, _, name = heading.section.partition(":")
         if heading.section == "celery":
             for key, value in values.items():
                 self._find(layer, key, value)
+        elif meant := _right_spelling(heading.section):
+            problem = "this section is not known"
+            self._faults.at(heading, problem, expected=_SECTIONS, close=meant)
         elif kind in _KINDS and not name:
             self._faults.at(heading, "the section has no name", expected=f"[{kind}:{_KINDS[kind]}]")
         elif kind == "celery":
             self._find_keys(layer, name, heading, values)
         elif kind in _KINDS and self._is_new(layer, kind, name, heading):
-            block = self.blocks[kind].setdefault(name, Block(heading))
-            block.values.update({**values, **block.values})
-        elif kind not in _KINDS and _meant_for_us(kind, colon):
-            close = nearest(kind, _KINDS)
-            self._faults.at(
-                heading,
-                "this section is not known",
-                expected=_SECTIONS,
-                close=close and f"[{close}{colon}{name}]",
-            )
+            self.blocks[kind].setdefault(name, Block(heading)).layers.append(values)
 
     def _is_new(self, layer: int, kind: str, name: str, heading: Place) -> bool:
         first = self._headings.setdefault((layer, kind, name), heading)
@@ -171,10 +180,27 @@ def _is_mapping(option: str) -> bool:
     return OPTIONS[option].kind.name in _MAPPINGS
 
 
-def _meant_for_us(kind: str, colon: str) -> bool:
-    """Tell whether a section is one of ours but for a slip, or one that we do not have."""
-    if kind.lower().startswith("celery"):
-        return True
-    close = nearest(kind, _KINDS) if kind[:1].lower() == "c" else None
-    likely = close is not None and abs(len(close) - len(kind)) <= 1
-    return likely and (bool(colon) or close == "celery")
+def is_for_celery(section: str) -> bool:
+    """Tell whether a section is one of ours, or was meant to be."""
+    return section.partition(":")[0] in _KINDS or _right_spelling(section) is not None
+
+
+def _right_spelling(section: str) -> str | None:
+    """Return how a section is written that is one of ours but for a slip."""
+    kind, _, name = section.partition(":")
+    if kind in _KINDS and name == name.strip(" \t:") and not miswritten(name):
+        return None
+    section = section.partition("]")[0].strip(" \t\"'")
+    if ":" in section:
+        kind, _, bare = section.partition(":")
+    else:
+        kind, bare = (*re.split(r"[\s.=/]+", section, maxsplit=1), "")[:2]
+    bare = bare.strip(" \t:\"'")
+    if error := miswritten(bare):
+        bare = error.close or ""
+    word = re.sub(r"[\W_]", "", kind).lower()
+    close = nearest(word, _KINDS)
+    likely = close and word[:1] == "c" and abs(len(close) - len(word)) <= 1
+    if word.startswith("celery") or (likely and (bare or close == "celery")):
+        return f"[{close or 'celery'}:{bare}]" if bare else f"[{close or 'celery'}]"
+    return None

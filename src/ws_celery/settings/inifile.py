@@ -8,6 +8,7 @@ scan sees is what configparser sees; a test compares them.
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from ws_celery.exceptions import Fault
@@ -110,13 +111,18 @@ def scan(path: str) -> Scan:
         result.faults.append(Fault(reason, path))
         return result
     try:
-        return Scan(path, data.decode())
+        result = Scan(path, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         result = Scan(path, "")
         problem = f"byte {data[error.start]:#04x} is not UTF-8"
         result.faults.append(Fault(problem, path, line, expected="a file saved as UTF-8"))
         return result
+    if data.startswith(BOM_UTF8):
+        # pserve and all that loads the application would fail at it.
+        problem = "the file begins with a byte order mark"
+        result.faults.append(Fault(problem, path, 1, expected="UTF-8 without one (without BOM)"))
+    return result
 
 
 def _reason(error: Exception) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 from kombu import Exchange, Queue
 
-from ws_celery.converters import Refused, nearest, untyped
+from ws_celery.converters import Refused, nearest
 from ws_celery.settings.broker_kinds import (
     COMPRESSION,
     DELIVERY_MODE,
     EXCHANGE_TYPE,
     PRIORITY,
+    QUEUE_ARGUMENTS,
     RATE,
     RETRY_POLICY,
     SERIALIZER,
@@ -27,15 +26,19 @@ from ws_celery.settings.kinds import (
     LIST,
     MOMENT,
     NAMES,
+    PROSE,
     SECONDS,
     TEXT,
     ZONE,
     Kind,
+    accept_keys,
     choice,
     json_value_of,
     mapping,
+    nullable,
     number,
     whole,
+    without_blanks,
 )
 
 __all__ = (
@@ -46,30 +49,12 @@ __all__ = (
     "OUR_SETTINGS",
     "QUEUE_KEYS",
     "ROUTE_KEYS",
-    "TRANSPORT_KEYS",
     "accept_keys",
-    "meant_transport_key",
 )
 
 
-def _nullable(kind: Kind) -> Kind:
-    """Return the same kind with ``none`` for a value as well."""
-
-    def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind.convert(text)
-
-    return replace(
-        kind,
-        expected=f"{kind.expected}, or none",
-        convert=convert,
-        types=(*kind.types, type(None)),
-        finish=lambda value: None if value is None else kind.finish(value),
-    )
-
-
-_SECONDS = _nullable(SECONDS)
-_WHOLE = _nullable(whole())
-_BOOL_OR_TEXT = Kind("bool or text", "true, false or text", "true", untyped, (bool,))
+_SECONDS = nullable(SECONDS)
+_WHOLE = nullable(whole())
 
 #: Options of a call that end in the message's properties; Celery takes them from a route.
 MESSAGE_KEYS: dict[str, Kind] = {
@@ -121,23 +106,23 @@ QUEUE_KEYS: dict[str, Kind] = {
     "message_ttl": SECONDS,
     "max_length": whole(1),
     "max_length_bytes": whole(1),
-    "queue_arguments": mapping('{"x-queue-type": "quorum"}'),
+    "queue_arguments": QUEUE_ARGUMENTS,
 }
 
 #: ``[celeryannotate:TASK]``: attributes of a task that are read when it is called or run.
 ANNOTATION_KEYS: dict[str, Kind] = {
-    "rate_limit": _nullable(RATE),
+    "rate_limit": nullable(RATE),
     "time_limit": _SECONDS,
     "soft_time_limit": _SECONDS,
     "max_retries": _WHOLE,
     "default_retry_delay": SECONDS,
     "expires": _SECONDS,
-    "priority": _nullable(PRIORITY),
+    "priority": nullable(PRIORITY),
     "queue": TEXT,
     "exchange": TEXT,
     "routing_key": TEXT,
     "serializer": SERIALIZER,
-    "compression": _nullable(COMPRESSION),
+    "compression": nullable(COMPRESSION),
     "delivery_mode": DELIVERY_MODE,
     "ignore_result": BOOL,
     "store_eager_result": BOOL,
@@ -147,9 +132,9 @@ ANNOTATION_KEYS: dict[str, Kind] = {
     "send_events": BOOL,
     "acks_late": BOOL,
     "acks_on_failure_or_timeout": BOOL,
-    "acks_on_failure": _nullable(BOOL),
-    "acks_on_timeout": _nullable(BOOL),
-    "reject_on_worker_lost": _nullable(BOOL),
+    "acks_on_failure": nullable(BOOL),
+    "acks_on_timeout": nullable(BOOL),
+    "reject_on_worker_lost": nullable(BOOL),
     "retry_on_worker_lost": BOOL,
     "resultrepr_maxsize": whole(),
 }
@@ -170,73 +155,8 @@ ENTRY_KEYS: dict[str, Kind] = {
     "overlap": choice("policy", "allow", "skip"),
     "starts_at": MOMENT,
     "expires": MOMENT,
-    "description": TEXT,
+    "description": PROSE,
 }
-
-
-def _steps(values: Any) -> list[int]:
-    if not values:
-        raise Refused("is empty")
-    return [whole().accept(value) for value in values]
-
-
-_STEPS = Kind(
-    "list", "a JSON array of whole numbers", "[0, 3, 6, 9]", json_value_of(list), (list,), _steps
-)
-
-#: Keys of transport options and the like that would be mistaken for another type. The rest has the
-#: type that its text looks like.
-TRANSPORT_KEYS: dict[str, Kind] = {
-    "client_name": TEXT,
-    "confirm_publish": BOOL,
-    "control_folder": TEXT,
-    "data_folder_in": TEXT,
-    "data_folder_out": TEXT,
-    "database": TEXT,
-    "fanout_patterns": _BOOL_OR_TEXT,
-    "fanout_prefix": _BOOL_OR_TEXT,
-    "global_keyprefix": TEXT,
-    "groupmeta_collection": TEXT,
-    "health_check_interval": _SECONDS,
-    "interval_max": number(),
-    "interval_start": number(),
-    "interval_step": number(),
-    "is_secure": BOOL,
-    "login_method_strict": BOOL,
-    "master_name": TEXT,
-    "max_connections": _WHOLE,
-    "max_retries": _WHOLE,
-    "password": TEXT,
-    "polling_interval": _SECONDS,
-    "priority_steps": _STEPS,
-    "processed_folder": TEXT,
-    "queue_name_prefix": TEXT,
-    "queue_order_strategy": choice("strategy", "round_robin", "priority", "sorted"),
-    "region": TEXT,
-    "retry_on_timeout": BOOL,
-    "sep": TEXT,
-    "socket_connect_timeout": _SECONDS,
-    "socket_keepalive": BOOL,
-    "socket_timeout": _SECONDS,
-    "store_processed": BOOL,
-    "taskmeta_collection": TEXT,
-    "unacked_index_key": TEXT,
-    "unacked_key": TEXT,
-    "unacked_mutex_key": TEXT,
-    "unacked_restore_interval": _SECONDS,
-    "user": TEXT,
-    "username": TEXT,
-    "visibility_timeout": _SECONDS,
-    "wait_time_seconds": _WHOLE,
-}
-
-
-def meant_transport_key(key: str) -> str | None:
-    """Return the known key of transport options that an unknown one is a slip of."""
-    if key in TRANSPORT_KEYS:
-        return None
-    close = get_close_matches(key.lower(), TRANSPORT_KEYS, n=1, cutoff=0.85)
-    return close[0] if close else None
 
 
 #: A time to wait: never none at all.
@@ -271,7 +191,7 @@ def _place(text: str) -> str:
     words = ("auto", "database", "memory")
     if text not in words and not re.match(r"(rediss?|sentinel|redis\+socket)://", text):
         raise Refused(close=nearest(text, words))
-    return text
+    return without_blanks(text)
 
 
 #: Where one-instance locks are kept.
@@ -326,20 +246,3 @@ OUR_SETTINGS: dict[str, Kind] = {
     ),
     "ws_celery.plugins": _PLUGINS,
 }
-
-
-def accept_keys(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
-    """Return the values of a JSON object, typed.
-
-    :raises Refused: at the first key that is unknown or has a value of another kind.
-    """
-    found = {}
-    for key, value in values.items():
-        if key not in kinds:
-            raise Refused(f"has the unknown key {key}", nearest(key, kinds))
-        try:
-            found[key] = kinds[key].accept(value)
-        except Refused as error:
-            problem = f"{error}; expected " if str(error) else "expected "
-            raise Refused(f"has {key}: {problem}{kinds[key].expected}", error.close) from None
-    return found

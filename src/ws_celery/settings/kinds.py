@@ -5,22 +5,25 @@ A :class:`Kind` refuses everything that it does not understand.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import cache
+from difflib import get_close_matches
+from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 from pyramid.settings import falsey, truthy
 
-from ws_celery.converters import Refused, json_value, moment, nearest, period
+from ws_celery.converters import Refused, json_value, moment, nearest, period, untyped
 
 __all__ = (
+    "ANYTHING",
     "BASE_URL",
     "BLANK",
     "BOOL",
@@ -30,17 +33,76 @@ __all__ = (
     "MODULES",
     "MOMENT",
     "NAMES",
+    "PROSE",
     "SECONDS",
     "TEXT",
     "WHOLE_SECONDS",
     "ZONE",
     "Kind",
+    "Miswritten",
+    "accept_keys",
     "choice",
     "json_value_of",
     "mapping",
+    "miswritten",
+    "nullable",
     "number",
     "whole",
+    "without_blanks",
 )
+
+
+class Miswritten(Refused):
+    """A text with something around the value that does not belong to it.
+
+    :param problem: what that is.
+    :param bare: the value without it.
+    """
+
+
+#: Python 2 took ` ;` for a comment. A ``#`` alone is a routing key.
+_COMMENT = re.compile(r"\s+[;#].*|^;.*|^#\s.*", re.DOTALL)
+_QUOTED = re.compile(r"([\"'])(.*)\1", re.DOTALL)
+
+
+def miswritten(text: str, quotes: str = "\"'") -> Miswritten | None:
+    """Return what is wrong with a text that has a comment behind the value, or quotes around it.
+
+    :param quotes: those that cannot be a part of the value.
+    """
+    text = text.strip()
+    end = _end_of_json(text)
+    for line in [text] if end else text.splitlines():
+        comment = _COMMENT.search(line, end)
+        value = line[: comment.start()] if comment else line
+        quoted = _QUOTED.fullmatch(value)
+        enclosed = quoted and quoted[1] in quotes and quoted[1] not in quoted[2]
+        bare = quoted[2] if quoted and enclosed else value
+        if comment:
+            return Miswritten("has a comment behind it, which needs a line of its own", bare)
+        if enclosed:
+            return Miswritten("has quotes around it, which would be a part of it", bare)
+    return None
+
+
+def _end_of_json(text: str) -> int:
+    """Return where the JSON ends that a text begins with, 0 if it begins with none."""
+    if not text.startswith(("{", "[", '"')):
+        return 0
+    try:
+        return json.JSONDecoder().raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return 0 if text.startswith('"') else len(text)
+
+
+def without_blanks(url: str) -> str:
+    """Return a URL, if it is one without blanks.
+
+    :raises Refused: if it has one.
+    """
+    if re.search(r"\s", url):
+        raise Refused("has a blank, which a URL writes as %20")
+    return url
 
 
 @dataclass(frozen=True)
@@ -53,6 +115,9 @@ class Kind:
     :param convert: from text to value.
     :param types: what is accepted from Python or JSON besides text.
     :param finish: checks, or completes, a value that has the right type.
+    :param quotes: those that cannot stand around a text in a file.
+    :param prose: whether all quotes, and ` ;` and ` #` inside of a text, belong to it.
+    :param inside: of a mapping: from a key to its kind.
     """
 
     name: str
@@ -61,6 +126,9 @@ class Kind:
     convert: Callable[[str], Any] = str
     types: tuple[type, ...] = ()
     finish: Callable[[Any], Any] = lambda value: value
+    quotes: str = "\"'"
+    prose: bool = False
+    inside: Callable[[str], Kind] = lambda _: ANYTHING
 
     def accept(self, value: object) -> Any:
         """Return the typed value.
@@ -74,6 +142,25 @@ class Kind:
         ):
             raise Refused(f"is of the type {type(value).__name__}")
         return self.finish(value)
+
+
+#: What nothing tells the kind of.
+ANYTHING: Kind = Kind("any", "JSON or text", "4", untyped, (object,), quotes="'")
+
+
+def nullable(kind: Kind) -> Kind:
+    """Return the same kind with ``none`` for a value as well."""
+
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind.convert(text)
+
+    return replace(
+        kind,
+        expected=f"{kind.expected}, or none",
+        convert=convert,
+        types=(*kind.types, type(None)),
+        finish=lambda value: None if value is None else kind.finish(value),
+    )
 
 
 def _bool(text: str) -> bool:
@@ -183,14 +270,20 @@ def _blank_or_line(text: str) -> str:
 
 
 TEXT = Kind("text", "one line of text", "a-name", _line)
+PROSE = replace(TEXT, prose=True)
 BLANK = Kind("text", "one line of text, which may be empty", "a-name", _blank_or_line)
-BYTES = Kind("bytes", "one line of text", "a-phrase", lambda text: _line(text).encode(), (bytes,))
+BYTES = Kind(
+    "bytes", "one line of text", "a-phrase", lambda text: _line(text).encode(), (bytes,), prose=True
+)
 
 
 def _items(text: str) -> list[Any]:
     if text.startswith("["):
         return list(json_value(text))
-    return [item for line in text.splitlines() for item in line.replace(",", " ").split()]
+    items = [item for line in text.splitlines() for item in line.replace(",", " ").split()]
+    if quoted := next(filter(_QUOTED.fullmatch, items), None):
+        raise Refused(f"has {quoted} with its quotes", quoted[1:-1])
+    return items
 
 
 def _texts(values: Iterable[Any]) -> list[str]:
@@ -248,15 +341,59 @@ BASE_URL = Kind(
 )
 
 
-def mapping(example: str, finish: Callable[[Any], Any] = dict) -> Kind:
-    """Return the kind of JSON objects, checked or completed by ``finish``."""
+#: How much alike a key is to a known one that is a slip of it.
+_ALIKE = 0.85
 
-    def check(value: Any) -> Any:
+
+def _inside(kinds: Mapping[str, Kind], others: str, key: str) -> Kind:
+    if key in kinds:
+        return kinds[key]
+    if others == "no":
+        raise Refused("this key is not known", nearest(key, kinds))
+    if others == "unlike" and (close := get_close_matches(key.lower(), kinds, 1, _ALIKE)):
+        raise Refused("this key is not known", close[0])
+    return ANYTHING
+
+
+def mapping(example: str, kinds: Mapping[str, Kind] | None = None, others: str = "any") -> Kind:
+    """Return the kind of JSON objects.
+
+    :param kinds: those of its keys.
+    :param others: which other keys it may have: ``any``, those that are ``unlike``, or ``no``.
+    """
+    inside = partial(_inside, kinds or {}, others)
+
+    def check(value: Any) -> dict[str, Any]:
         if not all(isinstance(key, str) for key in value):
             raise Refused("has a key that is not text")
-        return finish(value)
+        return {key: _accept_key(inside, key, inner) for key, inner in value.items()}
 
-    return Kind("dict", "a JSON object", example, json_value_of(dict), (Mapping,), check)
+    return Kind(
+        "dict", "a JSON object", example, json_value_of(dict), (Mapping,), check, inside=inside
+    )
+
+
+def accept_keys(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Return the values of a JSON object, typed.
+
+    :raises Refused: at the first key that is unknown or has a value of another kind.
+    """
+    inside = partial(_inside, kinds, "no")
+    return {key: _accept_key(inside, key, value) for key, value in values.items()}
+
+
+def _accept_key(inside: Callable[[str], Kind], key: str, value: Any) -> Any:
+    try:
+        kind = inside(key)
+    except Refused as error:
+        raise Refused(f"has the unknown key {key}", error.close) from None
+    if kind is ANYTHING:
+        return value  # JSON and Python say the type themselves
+    try:
+        return kind.accept(value)
+    except Refused as error:
+        problem = f"{error}; expected " if str(error) else "expected "
+        raise Refused(f"has {key}: {problem}{kind.expected}", error.close) from None
 
 
 def json_value_of(wanted: type) -> Callable[[str], Any]:
@@ -312,5 +449,9 @@ def _format(text: str) -> str:
 
 
 FORMAT = Kind(
-    "format", "a logging format with %(message)s and the like", "%(levelname)s %(message)s", _format
+    "format",
+    "a logging format with %(message)s and the like",
+    "%(levelname)s %(message)s",
+    _format,
+    prose=True,
 )

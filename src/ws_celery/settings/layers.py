@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,8 +64,9 @@ def _from_plaster(
 ) -> tuple[list[Layer], Faults]:
     layer = Layer(config_uri)
     # Sections of others may hold what only they can interpolate.
-    ours = (name for name in loader.get_sections() if name.startswith(("celery", "app:")))
-    for section in ours:
+    for section in loader.get_sections():
+        if not re.match(r"\W*celery|app:", section, re.IGNORECASE):
+            continue
         settings = loader.get_settings(section, dict(variables or {}))
         layer.sections[section] = {
             key: Value(value, Place(config_uri, section, key)) for key, value in settings.items()

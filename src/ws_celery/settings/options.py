@@ -13,7 +13,7 @@ from typing import Any
 from celery.app.defaults import NAMESPACES, flatten
 from celery.concurrency import ALIASES as POOLS
 
-from ws_celery.converters import untyped
+from ws_celery.masking import is_secret
 from ws_celery.settings.broker_kinds import (
     BACKEND,
     BROKER,
@@ -22,6 +22,7 @@ from ws_celery.settings.broker_kinds import (
     CONTENT,
     DATABASE,
     DELIVERY_MODE,
+    ENGINE_OPTIONS,
     EXCHANGE_TYPE,
     PORT,
     PRIORITY,
@@ -30,17 +31,22 @@ from ws_celery.settings.broker_kinds import (
     RATE,
     RETRY_POLICY,
     SERIALIZER,
+    TABLE_NAMES,
     TLS,
     TRANSPORT,
+    TRANSPORT_KEYS,
+    TRANSPORT_OPTIONS,
 )
 from ws_celery.settings.code_kinds import ANNOTATIONS, CALLBACK, FAILOVER, ROUTES, dotted
 from ws_celery.settings.kinds import (
+    ANYTHING,
     BLANK,
     BOOL,
     BYTES,
     FORMAT,
     LIST,
     MODULES,
+    PROSE,
     SECONDS,
     TEXT,
     WHOLE_SECONDS,
@@ -107,10 +113,10 @@ _CONCURRENCY = Kind(
 
 #: Kind for each type that Celery declares; a type that is missing here fails a test.
 KINDS: dict[Any, Kind] = {
-    "any": Kind("any", "JSON or text", "4", untyped, (object,)),
+    "any": ANYTHING,
     "bool": BOOL,
     "bytes": BYTES,
-    "dict": mapping('{"key": "value"}'),
+    "dict": mapping('{"key": "value"}', TRANSPORT_KEYS),
     "float": number(),
     "int": _WHOLE,
     int: _WHOLE,  # beat_cron_starting_deadline is declared by the class
@@ -127,14 +133,19 @@ CORRECTIONS: dict[str, Kind] = {
     # Declared too narrow, or as something else.
     "broker_heartbeat_checkrate": number(),
     "broker_read_url": BROKER_SIDE,
+    "broker_transport_options": TRANSPORT_OPTIONS,
     "broker_url": BROKER,  # may be a list
     "broker_use_ssl": TLS,  # may be a mapping
     "broker_write_url": BROKER_SIDE,
     "cassandra_auth_kwargs": mapping('{"username": "celery"}'),
     "cassandra_port": PORT,
     "database_engine_callback": CALLBACK,
+    "database_engine_options": ENGINE_OPTIONS,
+    "database_table_names": TABLE_NAMES,
+    "database_table_schemas": TABLE_NAMES,
     "redis_backend_use_ssl": TLS,
     "result_backend_max_retries": number(most=float("inf")),
+    "result_backend_transport_options": TRANSPORT_OPTIONS,
     "result_cache_max": whole(-1),
     "result_expires": SECONDS,
     "task_annotations": ANNOTATIONS,
@@ -177,12 +188,14 @@ CORRECTIONS: dict[str, Kind] = {
     "worker_agent": dotted("class", "myapp.worker:Agent"),
     "worker_autoscaler": dotted("class", "celery.worker.autoscale:Autoscaler"),
     "worker_consumer": dotted("class", "celery.worker.consumer:Consumer"),
+    "worker_log_datefmt": PROSE,
     "worker_log_format": FORMAT,
     "worker_pool": dotted("class", "prefork", *POOLS),
     "worker_pool_start_method": choice("method", "fork", "spawn"),
     "worker_redirect_stdouts_level": choice(
         "level", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"
     ),
+    "worker_task_log_datefmt": PROSE,
     "worker_task_log_format": FORMAT,
     "worker_timer": dotted("class", "kombu.asynchronous.timer:Timer"),
     # Times, for which a period reads better than seconds.
@@ -258,11 +271,16 @@ NULLABLE = frozenset(
 WITHOUT_EFFECT = {"cassandra_bundle_path": "cassandra_secure_bundle_path"}
 
 
+def _declared_kind(name: str, declared: Any) -> Kind:
+    # Nobody can tell what belongs to a password.
+    return PROSE if KINDS[declared] is TEXT and is_secret(name) else KINDS[declared]
+
+
 def _options() -> dict[str, Option]:
     table = {
         name: Option(
             name,
-            CORRECTIONS.get(name) or KINDS[declared.type],
+            CORRECTIONS.get(name) or _declared_kind(name, declared.type),
             declared.default,
             declared.default is None or name in NULLABLE,
         )

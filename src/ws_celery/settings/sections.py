@@ -12,7 +12,7 @@ from typing import Any
 
 from kombu import Queue
 
-from ws_celery.converters import Refused, untyped
+from ws_celery.converters import Refused
 from ws_celery.settings.entries import read_entry
 from ws_celery.settings.faults import Faults, Place, Value
 from ws_celery.settings.gathering import Block, Found, Gathering
@@ -21,9 +21,8 @@ from ws_celery.settings.keys import (
     CALL_KEYS,
     QUEUE_KEYS,
     ROUTE_KEYS,
-    TRANSPORT_KEYS,
-    meant_transport_key,
 )
+from ws_celery.settings.kinds import ANYTHING, Kind
 from ws_celery.settings.layers import Layer
 from ws_celery.settings.options import OPTIONS, Option
 from ws_celery.settings.queues import given_queues, make_queue
@@ -104,6 +103,7 @@ class Sections:
         value: Any = {}
         if whole:
             with self._faults.catching(whole.value, option.expected):
+                whole.value.check(option.kind)
                 value = option.accept(whole.value.text)
         if keys:
             value = self._with_keys(option, value, keys)
@@ -120,29 +120,25 @@ class Sections:
         mapping = dict(value) if isinstance(value, Mapping) else {}
         # The nearest last, so that it has the last word.
         for found in sorted(keys, key=lambda each: -each.layer):
-            self._key(option, found, mapping)
-        with self._faults.catching(keys[0].value):
-            return option.kind.finish(mapping)
-        return None
+            with self._faults.catching(found.value):
+                self._key(option.kind, found, mapping)
+        return mapping
 
-    def _key(self, option: Option, found: Found, mapping: dict[str, Any]) -> None:
+    def _key(self, kind: Kind, found: Found, mapping: dict[str, Any]) -> None:
         *path, last = str(found.key).split(".")
-        text, kind = found.value.text, TRANSPORT_KEYS.get(last)
-        with self._faults.catching(found.value, kind.expected if kind else None):
-            if not all((*path, last)):
-                raise Refused("has an empty key")
-            if option.name.endswith("transport_options") and (close := meant_transport_key(last)):
-                raise Refused("this key is not known", close)
-            for name in path:
-                mapping = mapping.setdefault(name, {})
-                if not isinstance(mapping, dict):
-                    raise Refused(f"{name} has a value, and cannot have keys as well")
-            if isinstance(mapping.get(last), dict):
-                raise Refused(f"{last} has keys, and cannot have a value as well")
-            if kind:
-                mapping[last] = kind.accept(text)
-            else:
-                mapping[last] = untyped(text) if isinstance(text, str) else text
+        if not all((*path, last)):
+            raise Refused("has an empty key")
+        for name in path:
+            kind, inner = kind.inside(name), mapping.get(name, {})
+            if not isinstance(inner, dict):
+                raise Refused(f"{name} has a value, and cannot have keys as well")
+            mapping[name] = inner = dict(inner)  # may be of a module
+            mapping = inner
+        if isinstance(mapping.get(last), dict):
+            raise Refused(f"{last} has keys, and cannot have a value as well")
+        kind = kind.inside(last)
+        with self._faults.catching(found.value, None if kind is ANYTHING else kind.expected):
+            mapping[last] = found.value.typed(kind)
 
     # --- [celeryqueue:NAME] ----------------------------------------------------------------
 
@@ -242,10 +238,10 @@ class Sections:
             where = place.key_beside(str(task))
             if isinstance(keys, dict):
                 values = {
-                    str(key): Value(value, where.key_beside(str(key)))
+                    str(key): Value(value, where.key_beside(str(key)), literal=True)
                     for key, value in keys.items()
                 }
-                found[task] = read(task, Block(where, values))
+                found[task] = read(task, Block(where, [values]))
             else:
                 found[task] = keys
         return {task: keys for task, keys in found.items() if keys}
@@ -279,7 +275,7 @@ class Sections:
             elif not isinstance(keys, Mapping):
                 self._faults.at(where, "is no object", expected='{"task": ..., "schedule": ...}')
             else:
-                values = {str(key): Value(value, where) for key, value in keys.items()}
+                values = {str(key): Value(value, where, True) for key, value in keys.items()}
                 read = read_entry(values, where, self._faults)
                 if read is not None:
                     found[name] = read.fields
