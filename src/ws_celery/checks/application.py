@@ -11,6 +11,7 @@ from typing import Any
 from pyramid.settings import asbool
 
 from ws_celery.app import PyramidCelery
+from ws_celery.beat.sources import problems_of
 from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker
@@ -34,6 +35,7 @@ def look_at_application(
     """Find what is wrong or doubtful; the broker is asked for a connection, nothing is sent."""
     yield from _broker(app, configuration)
     yield from _outbox(app)
+    yield from _schedule(app, configuration)
     yield from _tasks(app, configuration)
     yield from _plugins(app)
     yield from _queues(app, configuration)
@@ -95,17 +97,23 @@ def _outbox(app: PyramidCelery) -> Iterator[Finding]:
         yield Finding(WARNING, "clock", text)
 
 
+# --- The schedule -----------------------------------------------------------------------------
+
+
+def _schedule(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    """Find what beat would not start with."""
+    app.finalize()  # its handlers may declare entries
+    places = {row.name: row.place for row in configuration.rows if row.category == "entry"}
+    for name, problem in problems_of(app):
+        text = f"[celerybeat:{name}] {problem}"
+        yield Finding.at(places.get(name), ERROR, "schedule", text)
+
+
 # --- Names ------------------------------------------------------------------------------------
 
 
 def _tasks(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
     for row in configuration.rows:
-        if row.category == "entry" and row.value["task"] not in app.tasks:
-            text = (
-                f"[{row.place.section}] task = {row.value['task']}: no such task is registered; "
-                "scan its module, or list it in imports"
-            )
-            yield Finding.at(row.place, ERROR, "unknown-task", text)
         if row.category in ("route", "annotation") and not _registered(app, row.name):
             text = f"[{row.place.section}]: no registered task has this name"
             yield Finding.at(row.place, WARNING, "unknown-task", text)
