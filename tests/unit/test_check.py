@@ -42,6 +42,20 @@ def test_what_only_the_schedule_in_the_database_obeys_is_an_error_without_it(fou
     assert "schedule" not in found(text, app="ws_celery.beat = true\n")
 
 
+def test_options_that_nothing_reads_are_a_warning(found):
+    logging = "[loggers]\nkeys = root\n[handlers]\nkeys =\n[formatters]\nkeys =\n[logger_root]\n"
+    options = "worker_log_format = %%(message)s\nworker_hijack_root_logger = false\n"
+
+    finding = found(options + logging + "handlers =\n")["without-effect"]
+    assert (finding.severity, finding.line) == ("warning", 7)
+    assert finding.text.startswith("worker_log_format has no effect: the logging sections of")
+    assert "without-effect" not in found(options)
+    file = "beat_schedule_filename = schedule\n"
+    finding = found(file, app="ws_celery.beat = true")["without-effect"]
+    assert finding.text.startswith("beat_schedule_filename has no effect: the schedule is in the")
+    assert "without-effect" not in found(file)
+
+
 @pytest.mark.parametrize("section", ["celeryroute:knwon", "celeryroute:kno.*", "celeryannotate:x"])
 def test_a_route_for_no_registered_task_is_a_warning(found, section):
     key = "priority = 1" if "route" in section else "rate_limit = 1/s"

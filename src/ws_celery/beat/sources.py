@@ -79,12 +79,24 @@ def check_sources(app: Any) -> None:
 
     :raises ConfigurationError: with all that is wrong.
     """
-    if problems := [f"[celerybeat:{name}] {problem}" for name, problem in problems_of(app)]:
+    if problems := [problem for _, problem in problems_of(app)]:
         raise ConfigurationError(*problems)
 
 
 def problems_of(app: Any) -> Iterator[tuple[str, str]]:
-    """Yield the name of each entry of code and INI that beat would not start with, and why."""
+    """Yield the name of each entry or option that beat would not start with, and why."""
+    if app.schedule is not None and app.conf.beat_cron_starting_deadline is not None:
+        yield (
+            "beat_cron_starting_deadline",
+            "[celery] beat_cron_starting_deadline is an option of Celery's own scheduler: with the "
+            "schedule in the database, catch_up of an entry says what becomes of a missed tick. "
+            "Take it out.",
+        )
+    for name, problem in _problems_of_entries(app):
+        yield name, f"[celerybeat:{name}] {problem}"
+
+
+def _problems_of_entries(app: Any) -> Iterator[tuple[str, str]]:
     entries, code = entries_of(app, {}), _code(app)
     for name, entry in entries.items():
         if entry.problem and entry.enabled:

@@ -17,6 +17,7 @@ from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import WsCeleryError
 from ws_celery.inspection import outbox_state
+from ws_celery.logs import has_logging
 from ws_celery.masking import masked, masked_text
 from ws_celery.settings import Configuration
 
@@ -27,6 +28,17 @@ _VISIBILITY = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
 _PATIENCE = 5
 #: Seconds by which the clocks of two machines may differ.
 _CLOCKS = 10
+#: Options of the logging that Celery sets up.
+_LOGGING = (
+    "worker_hijack_root_logger",
+    "worker_log_color",
+    "worker_log_datefmt",
+    "worker_log_format",
+    "worker_redirect_stdouts",
+    "worker_redirect_stdouts_level",
+    "worker_task_log_datefmt",
+    "worker_task_log_format",
+)
 
 
 def look_at_application(
@@ -36,6 +48,7 @@ def look_at_application(
     yield from _broker(app, configuration)
     yield from _outbox(app)
     yield from _schedule(app, configuration)
+    yield from _without_effect(app, configuration, config_uri)
     yield from _tasks(app, configuration)
     yield from _plugins(app)
     yield from _queues(app, configuration)
@@ -103,10 +116,26 @@ def _outbox(app: PyramidCelery) -> Iterator[Finding]:
 def _schedule(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
     """Find what beat would not start with."""
     app.finalize()  # its handlers may declare entries
-    places = {row.name: row.place for row in configuration.rows if row.category == "entry"}
+    places = {row.name: row.place for row in configuration.rows}
     for name, problem in problems_of(app):
-        text = f"[celerybeat:{name}] {problem}"
-        yield Finding.at(places.get(name), ERROR, "schedule", text)
+        yield Finding.at(places.get(name), ERROR, "schedule", problem)
+
+
+# --- What has no effect -----------------------------------------------------------------------
+
+
+def _without_effect(
+    app: PyramidCelery, configuration: Configuration, config_uri: str
+) -> Iterator[Finding]:
+    reasons = dict.fromkeys(_LOGGING, "the logging sections of the file are in force instead")
+    if not has_logging(config_uri):
+        reasons.clear()
+    if app.schedule is not None:
+        reasons["beat_schedule_filename"] = "the schedule is in the database"
+    for name, reason in reasons.items():
+        if configuration.settings.get(name):
+            text = f"{name} has no effect: {reason}; take it out"
+            yield Finding.at(configuration.place(name), WARNING, "without-effect", text)
 
 
 # --- Names ------------------------------------------------------------------------------------
