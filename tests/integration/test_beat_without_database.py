@@ -19,6 +19,7 @@ from ws_celery import ConfigurationError, task
 from ws_celery.beat import Scheduler, health
 from ws_celery.beat.sources import check_sources, entries_of, install
 from ws_celery.cli.application import check_schedule
+from ws_celery.inspection import export_schedule, unexported_entries
 
 
 @task(name="work")
@@ -63,12 +64,12 @@ def beat(tmp_path):
     _state._set_current_app(before)
 
 
-def waiting(app):
+def waiting(app, *, bodies=False):
     with app.connection_for_read() as connection:
         queue = app.amqp.queues[app.conf.task_default_queue](connection.default_channel)
         messages = []
         while message := queue.get(no_ack=True):
-            messages.append(message.headers)
+            messages.append((message.headers, message.payload) if bodies else message.headers)
         return messages
 
 
@@ -328,6 +329,25 @@ def test_a_crontab_in_a_zone_obeys_the_deadline_of_celery(make_app, redis_url, b
         turn(scheduler)
 
     assert scheduler.schedule["missed"].total_run_count == 0
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["without", "database"])
+def test_an_entry_from_code_may_have_what_a_call_may_have(
+    make_app, make_schedule, sqlite, redis_url, beat, on
+):
+    app = make_schedule(sqlite, work) if on else make_app(work, broker=redis_url)
+    call = app.celery.tasks["work"].s(1).set(link=work.s(2), argsrepr="(hidden)", expires=600)
+    app.celery.add_periodic_task(1.0, call, name="added")
+    check_schedule(app.celery)
+
+    ((headers, body),) = turn_until(beat(app.celery), lambda: waiting(app.celery, bodies=True))
+
+    args, _, embed = body
+    assert (args, headers["argsrepr"]) == ([1], "(hidden)")
+    assert [(each["task"], each["args"]) for each in embed["callbacks"]] == [("work", [2])]
+    assert headers["expires"] is not None
+    assert [*export_schedule(app.celery, everything=True)] == []
+    assert unexported_entries(app.celery, everything=True) == ["added"]
 
 
 def seven():

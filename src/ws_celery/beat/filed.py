@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from celery import beat
@@ -10,6 +12,8 @@ from ws_celery.beat.health import HealthFile
 from ws_celery.beat.sources import check_sources, install
 
 __all__ = ("FileScheduler",)
+
+log = logging.getLogger(__name__)
 
 #: Seconds that beat waits at most where a probe looks at its file.
 _HEALTHY = 1.0
@@ -34,6 +38,7 @@ class FileScheduler(beat.PersistentScheduler):
         """
         check_sources(self.app)
         install(self.app)
+        log.info("The last runs are kept in the file %s", Path(self.schedule_filename).absolute())
         super().setup_schedule()
 
     def install_default_entries(self, data: Any) -> None:
