@@ -13,7 +13,6 @@ from celery import _state
 from celery.beat import BeatLazyFunc, PersistentScheduler
 from celery.beat import Scheduler as CeleryScheduler
 from celery.schedules import crontab, schedule, solar
-from pyramid.exceptions import ConfigurationExecutionError
 
 from ws_celery import ConfigurationError, task
 from ws_celery.beat import Scheduler, health
@@ -395,5 +394,5 @@ def test_redbeat_sends_the_merged_entries(make_app, redis_url):
 
 
 def test_a_scheduler_that_does_not_read_the_database_is_refused_beside_it(make_app):
-    with pytest.raises(ConfigurationExecutionError, match="RedBeatScheduler does not read"):
+    with pytest.raises(ConfigurationError, match="RedBeatScheduler does not read"):
         make_app(celery="beat_scheduler = redbeat.RedBeatScheduler", ws_celery__beat="true")
