@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -13,11 +14,13 @@ from celery import _state
 from celery.beat import BeatLazyFunc, PersistentScheduler
 from celery.beat import Scheduler as CeleryScheduler
 from celery.schedules import crontab, schedule, solar
+from click.testing import CliRunner
 
 from ws_celery import ConfigurationError, task
 from ws_celery.beat import Scheduler, health
 from ws_celery.beat.sources import check_sources, entries_of, install
 from ws_celery.cli.application import check_schedule
+from ws_celery.cli.beat import beat as beat_command
 from ws_celery.inspection import export_schedule, unexported_entries
 
 
@@ -396,3 +399,14 @@ def test_redbeat_sends_the_merged_entries(make_app, redis_url):
 def test_a_scheduler_that_does_not_read_the_database_is_refused_beside_it(make_app):
     with pytest.raises(ConfigurationError, match="RedBeatScheduler does not read"):
         make_app(celery="beat_scheduler = redbeat.RedBeatScheduler", ws_celery__beat="true")
+
+
+def test_neither_does_the_command_take_one_that_does_not_read_it(make_app):
+    app = make_app(ws_celery__beat="true").celery
+
+    ended = CliRunner().invoke(
+        beat_command, ["-S", "redbeat.RedBeatScheduler"], obj=SimpleNamespace(app=app)
+    )
+
+    assert ended.exit_code == 2
+    assert "redbeat.RedBeatScheduler does not read the schedule in the database" in ended.output
