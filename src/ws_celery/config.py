@@ -20,6 +20,8 @@ from pyramid.config import (
     global_registries,
 )
 from pyramid.events import NewRequest
+from pyramid.exceptions import ConfigurationExecutionError
+from pyramid.registry import Deferred
 from pyramid.tweens import EXCVIEW
 from transaction.interfaces import NoTransaction
 from zope.interface import implementer
@@ -68,14 +70,36 @@ def includeme(config: Any) -> None:
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
     config.add_subscriber(_watch_transactions, NewRequest)
     # The app before PHASE3, where tasks are registered; after it what `imports` and plugins name.
-    config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
-    config.action("celery parts", _include_parts, args=(config,), order=PHASE3_CONFIG - 1)
-    config.action("celery imports", _scan_imports, args=(config,), order=PHASE3_CONFIG + 1)
+    _add_action(config, _register_celery_app, order=PHASE2_CONFIG)
+    _add_action(config, _include_parts, order=PHASE3_CONFIG - 1)
+    _add_action(config, _scan_imports, order=PHASE3_CONFIG + 1)
+
+
+def _add_action(config: Any, function: Callable[[Any], None], order: int) -> None:
+    """Let a function be called when the configuration is committed; what it raises is not wrapped.
+
+    Pyramid wraps what an action raises, so that nobody could ask for ``except ConfigurationError``,
+    but not what the computing of its discriminator raises.
+    """
+
+    def discriminator() -> str:
+        function(config)
+        return f"ws_celery {function.__name__}"
+
+    config.action(Deferred(discriminator), order=order)
 
 
 def make_celery_app(config: Any) -> PyramidCelery:
-    """Commit the configuration and return the application's Celery app, without a WSGI app."""
-    config.commit()
+    """Commit the configuration and return the application's Celery app, without a WSGI app.
+
+    :raises ConfigurationError: whatever is wrong with the settings, or with a task.
+    """
+    try:
+        config.commit()
+    except ConfigurationExecutionError as error:
+        if isinstance(error.evalue, ConfigurationError):
+            raise error.evalue from error
+        raise
     # As make_wsgi_app() does: so the tasks find the only application of a process.
     global_registries.add(config.registry)
     return get_celery_app(config.registry)

@@ -18,7 +18,13 @@ from ws_celery.masking import MASK
 from ws_celery.settings import ini_variables
 from ws_celery.shown_arguments import described_arguments
 
-__all__ = ("TaskFilter", "TaskFormatter", "log_arguments_of_failures", "set_up_logging")
+__all__ = (
+    "TaskFilter",
+    "TaskFormatter",
+    "has_logging",
+    "log_arguments_of_failures",
+    "set_up_logging",
+)
 
 #: What stands for the task where none runs.
 _NONE = "-"
@@ -67,6 +73,11 @@ def _task_of(record: logging.LogRecord) -> tuple[str, str]:
     return str(task.name), str(task.request.id)
 
 
+def has_logging(config_uri: str) -> bool:
+    """Tell whether an INI file has logging of its own, which Celery does not change."""
+    return "loggers" in plaster.get_loader(config_uri, protocols=["wsgi"]).get_sections()
+
+
 def set_up_logging(config_uri: str) -> None:
     """Put the logging of an INI file in force, if it has one, and keep Celery from changing it.
 
@@ -74,11 +85,10 @@ def set_up_logging(config_uri: str) -> None:
 
     :raises ConfigurationError: if its sections are not complete.
     """
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
-    if "loggers" not in loader.get_sections():
+    if not has_logging(config_uri):
         return  # Celery's own logging, with its options
     try:
-        loader.setup_logging(ini_variables())
+        plaster.get_loader(config_uri, protocols=["wsgi"]).setup_logging(ini_variables())
     except (KeyError, ValueError) as error:
         raise ConfigurationError(
             f"{config_uri}: the logging sections are not complete or not right: {error}. "

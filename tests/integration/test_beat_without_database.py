@@ -1,23 +1,27 @@
-"""Beat without a database: Celery's file, RedBeat, and what code and INI say together."""
+"""Beat without a database: Celery's scheduler, RedBeat, and what code and INI say together."""
 
 from __future__ import annotations
 
-import dbm
+import json
 import time
 import uuid
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
+from zoneinfo import ZoneInfo
 
 import pytest
-from celery.beat import BeatLazyFunc
+from celery import _state
+from celery.beat import BeatLazyFunc, PersistentScheduler
 from celery.beat import Scheduler as CeleryScheduler
-from celery.schedules import crontab, schedule
+from celery.schedules import crontab, schedule, solar
+from click.testing import CliRunner
 
 from ws_celery import ConfigurationError, task
 from ws_celery.beat import Scheduler, health
-from ws_celery.beat.filed import FileScheduler
 from ws_celery.beat.sources import check_sources, entries_of, install
 from ws_celery.cli.application import check_schedule
+from ws_celery.cli.beat import beat as beat_command
+from ws_celery.inspection import export_schedule, unexported_entries
 
 
 @task(name="work")
@@ -30,7 +34,7 @@ def declared(request):
     pass
 
 
-@task(name="period", schedule={"type": "timedelta", "schedule": "1h", "overlap": "skip"})
+@task(name="period", schedule={"type": "timedelta", "schedule": "1h", "description": "hourly"})
 def period(request):
     pass
 
@@ -47,10 +51,11 @@ def ini(text):
 
 @pytest.fixture
 def beat(tmp_path):
-    """Make a beat with a file of its own."""
-    made = []
+    """Make a beat with a file of its own, whose app is Celery's current one, as in its process."""
+    made, before = [], _state._tls.current_app
 
     def make(app, **options):
+        app.set_current()
         scheduler = Scheduler(app=app, schedule_filename=str(tmp_path / "schedule"), **options)
         made.append(scheduler)
         return scheduler
@@ -58,14 +63,15 @@ def beat(tmp_path):
     yield make
     for scheduler in made:
         scheduler.close()
+    _state._set_current_app(before)
 
 
-def waiting(app):
+def waiting(app, *, bodies=False):
     with app.connection_for_read() as connection:
         queue = app.amqp.queues[app.conf.task_default_queue](connection.default_channel)
         messages = []
         while message := queue.get(no_ack=True):
-            messages.append(message.headers)
+            messages.append((message.headers, message.payload) if bodies else message.headers)
         return messages
 
 
@@ -79,7 +85,7 @@ def test_code_declares_entries_beside_the_task(make_app):
         "period": "every 1:00:00",
         "seconds": "every 0:05:00",
     }
-    assert entries["period"].overlap == "skip"
+    assert entries["period"].description == "hourly"
     assert {each.origin for each in entries.values()} == {"code"}
 
 
@@ -212,21 +218,62 @@ def turn_until(scheduler, condition, timeout=60):
     return found
 
 
-def test_the_file_remembers_the_last_tick(make_app, redis_url, beat, tmp_path):
+def test_celerys_scheduler_remembers_the_last_run_and_beat_tells_that_it_is_alive(
+    make_app, redis_url, beat, tmp_path
+):
     app = make_app(work, broker=redis_url, celery=ini(EVERY_SECOND)).celery
     app.beat_health_file = tmp_path / "health"
     scheduler = beat(app)
-    assert isinstance(scheduler, FileScheduler)
+    assert isinstance(scheduler, PersistentScheduler)
 
-    headers = turn_until(scheduler, lambda: waiting(app))
-    tick = datetime.fromisoformat(headers[0]["ws_celery_tick"])
+    (headers,) = turn_until(scheduler, lambda: waiting(app))
     last = scheduler.schedule["e"].last_run_at
     scheduler.close()
 
-    assert headers[0]["ws_celery_entry"] == "e"
-    assert tick <= last <= datetime.now(timezone.utc)
+    assert headers["celery_beat_task"] is True
+    assert abs(datetime.now(timezone.utc) - last) < timedelta(seconds=60)
     assert beat(app).schedule["e"].last_run_at == last
-    assert app.beat_health_file.exists()
+    told = json.loads(app.beat_health_file.read_text())
+    assert (told["entries"], told["overdue"]) == (1, 0)
+
+
+def test_the_health_file_is_written_while_nothing_is_due(make_app, beat, tmp_path):
+    app = make_app(work, celery=ini("[celerybeat:e]; task = work; type = timedelta; schedule = 1h"))
+    app.celery.beat_health_file = tmp_path / "health"
+
+    wait = beat(app.celery).tick()
+
+    assert 0 < wait <= 1
+    told = json.loads(app.celery.beat_health_file.read_text())
+    assert (told["entries"], told["last_tick_age"]) == (1, None)
+
+
+def test_what_changes_between_two_starts_is_taken_over_and_the_rest_remembered(
+    make_app, beat, monkeypatch
+):
+    sections = (
+        "[celerybeat:kept]; task = work; type = crontab; schedule = 30 3 * * *; "
+        "timezone = Asia/Tokyo; "
+        "[celerybeat:changed]; task = work; type = timedelta; schedule = 1h; "
+    )
+    gone = "[celerybeat:gone]; task = work; type = solar; schedule = sunset 52.5 13.4"
+    first = beat(make_app(work, celery=ini(sections + gone)).celery)
+    assert first.schedule["gone"].schedule == solar("sunset", 52.5, 13.4)
+    runs = {name: entry.last_run_at for name, entry in first.schedule.items()}
+    first.close()
+
+    app = make_app(work, celery=ini(sections.replace("1h", "2h"))).celery
+    second = beat(app)
+
+    assert set(second.schedule) == {"kept", "changed"}
+    assert {name: each.last_run_at for name, each in second.schedule.items()} == {
+        name: runs[name] for name in ("kept", "changed")
+    }
+    assert second.schedule["changed"].schedule == schedule(timedelta(hours=2))
+    kept = second.schedule["kept"].schedule
+    tokyo = datetime(2026, 7, 1, 18, 0, tzinfo=timezone.utc)  # 3:00 there, the next day
+    monkeypatch.setattr(kept, "nowfun", lambda: tokyo)
+    assert kept.is_due(tokyo - timedelta(hours=1)) == (False, 30 * 60)
 
 
 def test_a_health_file_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog):
@@ -242,138 +289,67 @@ def test_a_health_file_that_cannot_be_written_is_told_once(tmp_path, monkeypatch
     assert "health file is back" in back
 
 
-def test_a_file_that_cannot_be_read_is_set_aside(make_app, redis_url, beat, tmp_path, caplog):
-    app = make_app(work, broker=redis_url, celery=ini(EVERY_SECOND)).celery
-    (tmp_path / "schedule").write_bytes(b"no database" * 1000)
-
-    scheduler = beat(app)
-
-    assert turn_until(scheduler, lambda: waiting(app))
-    (aside,) = tmp_path.glob("schedule*.corrupt-*")
-    assert aside.read_bytes().startswith(b"no database")
-    assert "is set aside as *.corrupt-" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "value",
-    [b"", b"\x80\x04", b"hello world", b"\x80\x04\x95\xff\xff", b"cmyapp.gone\nC\n.", b"(lp0\n."],
-    ids=["empty", "truncated", "garbage", "cut", "class that is gone", "list"],
-)
-def test_a_file_whose_entries_cannot_be_read_is_set_aside(
-    make_app, redis_url, beat, tmp_path, caplog, value
-):
-    app = make_app(work, broker=redis_url, celery=ini(EVERY_SECOND)).celery
-    beat(app).close()
-    with dbm.open(str(tmp_path / "schedule"), "w") as file:
-        file["entries"] = value
-
-    scheduler = beat(app)
-
-    assert "e" in scheduler.schedule
-    assert list(tmp_path.glob("schedule*.corrupt-*"))
-    assert caplog.text.count("is set aside as *.corrupt-") == 1
-
-
-def test_a_file_that_can_be_read_is_not_set_aside(make_app, redis_url, beat, tmp_path):
-    app = make_app(work, broker=redis_url, celery=ini(EVERY_SECOND)).celery
-    beat(app).close()
-    beat(app).close()
-
-    assert not list(tmp_path.glob("*.corrupt-*"))
-
-
-def test_the_file_is_written_as_often_as_beat_sync_every_says(
-    make_app, redis_url, beat, monkeypatch
-):
-    sections = "beat_sync_every = 1" + ini(EVERY_SECOND)
-    scheduler = beat(make_app(work, broker=redis_url, celery=sections).celery)
-    written = []
-    monkeypatch.setattr(scheduler, "sync", lambda: written.append(1))
-
-    turn_until(scheduler, lambda: len(written) == 3)
-
-
-def test_an_entry_that_has_missed_its_tick_does_not_hold_up_others(make_app, redis_url, beat):
-    nightly = "[celerybeat:nightly]; task = work; type = timedelta; schedule = 1h; "
-    app = make_app(work, broker=redis_url, celery=ini(nightly + EVERY_SECOND)).celery
-    first = beat(app)
-    first.schedule["nightly"].last_run_at = datetime.now(timezone.utc) - timedelta(hours=5.5)
-    first.close()
-
-    scheduler = beat(app)
-    assert turn_until(scheduler, lambda: waiting(app))
-
-    # Later as well, such as after the machine has slept.
-    scheduler.schedule["nightly"].last_run_at -= timedelta(hours=5.5)
-    event = next(each for each in scheduler._heap if each.entry.name == "nightly")
-    scheduler._heap.remove(event)
-    scheduler._heap.insert(0, event._replace(time=0))
-    assert {each["ws_celery_entry"] for each in turn_until(scheduler, lambda: waiting(app))} == {
-        "e"
-    }
-
-
-def test_an_entry_whose_schedule_fails_does_not_hold_up_others(
-    make_app, redis_url, beat, caplog, monkeypatch
-):
-    class Moody(schedule):
-        def remaining_estimate(self, last_run_at):
-            raise RuntimeError("not today")
-
-    app = make_app(work, broker=redis_url, celery=ini(EVERY_SECOND)).celery
-    app.conf.beat_schedule["moody"] = {"task": "work", "schedule": Moody(60)}
-
-    scheduler = beat(app)
-    merged = scheduler._entries["moody"]
-    scheduler._entries["moody"] = replace(merged, schedule=Moody(60), problem=None)
-    scheduler.schedule["moody"] = scheduler._maybe_entry(
-        "moody", {"task": "work", "schedule": schedule(60)}
-    )
-
-    assert turn_until(scheduler, lambda: waiting(app))
-    assert "The next tick of moody cannot be told; others tick on" in caplog.text
-
-
-def test_the_file_obeys_policies_and_limits(make_app, redis_url, beat):
+def test_a_beat_does_not_start_with_what_celerys_scheduler_would_not_obey(make_app):
     sections = (
-        "[celerybeat:skips]; task = work; type = timedelta; schedule = 1h; "
-        "[celerybeat:once]; task = work; type = timedelta; schedule = 1h; catch_up = once; "
-        "[celerybeat:over]; task = work; type = integer; schedule = 1; "
-        "expires = 2020-01-01T00:00Z; "
+        "[celerybeat:long]; task = work; type = timedelta; schedule = 1h; overlap = skip; "
+        "[celerybeat:off]; task = work; type = timedelta; schedule = 1h; overlap = skip; "
+        "enabled = false; "
         "[celerybeat:coming]; task = work; type = clocked; schedule = 2999-01-01T00:00Z; "
-        + EVERY_SECOND
+        "catch_up = once"
     )
-    app = make_app(work, broker=redis_url, celery=ini(sections)).celery
-    first = beat(app)
-    for name in ("skips", "once"):
-        first.schedule[name].last_run_at = datetime.now(timezone.utc) - timedelta(hours=5.5)
-    first.close()
+    app = make_app(work, celery=ini(sections)).celery
 
-    scheduler, seen = beat(app), []
+    with pytest.raises(ConfigurationError) as raised:
+        check_schedule(app)
 
-    def twice():
-        seen.extend(each["ws_celery_entry"] for each in waiting(app))
-        return seen.count("e") >= 2 and "once" in seen
+    sentence = (
+        "[celerybeat:{}] has {}, which needs the schedule in the database: Celery's own scheduler "
+        "would not obey. Set ws_celery.beat = true in the section of the application, or take it "
+        "out."
+    )
+    assert [str(fault) for fault in raised.value.faults] == [
+        sentence.format("long", "overlap"),
+        sentence.format("coming", "type = clocked and catch_up"),
+    ]
 
-    turn_until(scheduler, twice)
-    assert set(seen) == {"e", "once"}
 
-
-def test_an_entry_of_the_file_that_is_not_to_overlap_waits_for_its_result(
-    make_app, redis_url, beat
-):
-    sections = f"result_backend = {redis_url}" + ini(EVERY_SECOND + "; overlap = skip")
+def test_a_crontab_in_a_zone_obeys_the_deadline_of_celery(make_app, redis_url, beat):
+    hour_ago = datetime.now(ZoneInfo("Asia/Tokyo")) - timedelta(hours=1)
+    sections = "beat_cron_starting_deadline = 600" + ini(
+        "[celerybeat:late]; task = work; type = crontab; schedule = * * * * *; "
+        "timezone = Asia/Tokyo; "
+        "[celerybeat:missed]; task = work; type = crontab; timezone = Asia/Tokyo; "
+        f"schedule = {hour_ago.minute} {hour_ago.hour} * * *"
+    )
     app = make_app(work, broker=redis_url, celery=sections).celery
     scheduler = beat(app)
-    (headers,) = turn_until(scheduler, lambda: waiting(app))
+    for entry in scheduler.schedule.values():
+        entry.last_run_at -= timedelta(days=1)
 
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline:
+    turn_until(scheduler, lambda: scheduler.schedule["late"].total_run_count)
+    for _ in range(3):
         turn(scheduler)
-    assert not waiting(app)
 
-    app.backend.store_result(headers["id"], None, "SUCCESS")
-    assert turn_until(scheduler, lambda: waiting(app))
+    assert scheduler.schedule["missed"].total_run_count == 0
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["without", "database"])
+def test_an_entry_from_code_may_have_what_a_call_may_have(
+    make_app, make_schedule, sqlite, redis_url, beat, on
+):
+    app = make_schedule(sqlite, work) if on else make_app(work, broker=redis_url)
+    call = app.celery.tasks["work"].s(1).set(link=work.s(2), argsrepr="(hidden)", expires=600)
+    app.celery.add_periodic_task(1.0, call, name="added")
+    check_schedule(app.celery)
+
+    ((headers, body),) = turn_until(beat(app.celery), lambda: waiting(app.celery, bodies=True))
+
+    args, _, embed = body
+    assert (args, headers["argsrepr"]) == ([1], "(hidden)")
+    assert [(each["task"], each["args"]) for each in embed["callbacks"]] == [("work", [2])]
+    assert headers["expires"] is not None
+    assert [*export_schedule(app.celery, everything=True)] == []
+    assert unexported_entries(app.celery, everything=True) == ["added"]
 
 
 def seven():
@@ -418,3 +394,19 @@ def test_redbeat_sends_the_merged_entries(make_app, redis_url):
         client = get_redis(app)
         for key in client.keys(f"{prefix}*"):
             client.delete(key)
+
+
+def test_a_scheduler_that_does_not_read_the_database_is_refused_beside_it(make_app):
+    with pytest.raises(ConfigurationError, match="RedBeatScheduler does not read"):
+        make_app(celery="beat_scheduler = redbeat.RedBeatScheduler", ws_celery__beat="true")
+
+
+def test_neither_does_the_command_take_one_that_does_not_read_it(make_app):
+    app = make_app(ws_celery__beat="true").celery
+
+    ended = CliRunner().invoke(
+        beat_command, ["-S", "redbeat.RedBeatScheduler"], obj=SimpleNamespace(app=app)
+    )
+
+    assert ended.exit_code == 2
+    assert "redbeat.RedBeatScheduler does not read the schedule in the database" in ended.output

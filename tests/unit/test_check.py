@@ -32,10 +32,35 @@ def test_a_broker_that_does_not_answer_is_an_error(found):
 
 
 def test_a_task_of_a_schedule_that_is_not_registered_is_an_error(found):
-    finding = found("[celerybeat:a]\ntask = knwon\ntype = integer\nschedule = 1\n")["unknown-task"]
+    finding = found("[celerybeat:a]\ntask = knwon\ntype = integer\nschedule = 1\n")["schedule"]
 
-    assert finding.severity == "error"
-    assert "[celerybeat:a] task = knwon: no such task is registered" in finding.text
+    assert (finding.severity, finding.line) == ("error", 7)
+    assert "[celerybeat:a] the task 'knwon' is not registered; did you mean known?" in finding.text
+
+
+def test_what_only_the_schedule_in_the_database_obeys_is_an_error_without_it(found):
+    text = "[celerybeat:a]\ntask = known\ntype = integer\nschedule = 1\ncatch_up = once\n"
+
+    assert found(text)["schedule"].text == (
+        "[celerybeat:a] has catch_up, which needs the schedule in the database: Celery's own "
+        "scheduler would not obey. Set ws_celery.beat = true in the section of the application, or "
+        "take it out"
+    )
+    assert "schedule" not in found(text, app="ws_celery.beat = true\n")
+
+
+def test_options_that_nothing_reads_are_a_warning(found):
+    logging = "[loggers]\nkeys = root\n[handlers]\nkeys =\n[formatters]\nkeys =\n[logger_root]\n"
+    options = "worker_log_format = %%(message)s\nworker_hijack_root_logger = false\n"
+
+    finding = found(options + logging + "handlers =\n")["without-effect"]
+    assert (finding.severity, finding.line) == ("warning", 7)
+    assert finding.text.startswith("worker_log_format has no effect: the logging sections of")
+    assert "without-effect" not in found(options)
+    file = "beat_schedule_filename = schedule\n"
+    finding = found(file, app="ws_celery.beat = true")["without-effect"]
+    assert finding.text.startswith("beat_schedule_filename has no effect: the schedule is in the")
+    assert "without-effect" not in found(file)
 
 
 @pytest.mark.parametrize("section", ["celeryroute:knwon", "celeryroute:kno.*", "celeryannotate:x"])

@@ -7,14 +7,16 @@ import re
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from celery import signature
 from celery.schedules import crontab, schedule
+from kombu import Queue
 
 from ws_celery.beat.entry import Known
 from ws_celery.beat.merging import check_fields, merge
 from ws_celery.clocked import Clocked
 from ws_celery.converters import Refused
 from ws_celery.schedules import describe, parse_schedule, text_of_schedule
-from ws_celery.settings import celery_settings
+from ws_celery.settings import celery_settings, read_configuration
 from ws_celery.zoned import ZonedCrontab
 
 HOURLY = {"task": "t", "type": "timedelta", "schedule": "1h"}
@@ -94,6 +96,8 @@ def test_an_entry_of_the_database_needs_no_other_source():
         ({"overlap": "skp"}, "overlap = 'skp' is not allow or skip; did you mean skip?"),
         ({"args": {"a": 1}}, "args = {'a': 1} is of the type dict"),
         ({"options": {"que": "a"}}, "has the unknown key que; did you mean queue?"),
+        ({"options": {"link": {"task": "t"}}}, "has the unknown key link"),
+        ({"options": {"task_id": "1"}}, "has task_id: each tick has an id of its own, which beat"),
         ({"enabledd": False}, "has the unknown field enabledd; did you mean enabled?"),
         ({"starts_at": "2027-01-31T09:00"}, "has no offset from UTC; did you mean 2027-01-31T09"),
         ({"expires": "tomorrow"}, "is no time such as"),
@@ -145,12 +149,46 @@ def test_a_number_or_a_period_that_is_no_period_sets_the_entry_aside(number, pro
     assert not entry.ticks
 
 
+def test_code_may_give_whatever_option_a_call_takes():
+    options = {
+        "link": [signature("after")],
+        "argsrepr": "(...)",
+        "expires": datetime(2030, 1, 1, tzinfo=timezone.utc),
+        "queue": Queue("slow"),
+        "priority": None,
+        "stamped_headers": ["tenant"],
+        "tenant": "a",
+    }
+
+    entry = merged({**HOURLY, "options": options})
+    assert (entry.problem, entry.options) == (None, options)
+    schedule = {"e": {"task": "t", "schedule": 60, "options": options}}
+    read = read_configuration(None, {}, {"beat_schedule": schedule}, need_broker=False)
+    assert read.settings["beat_schedule"]["e"]["options"] == options
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"que": Queue("a")}, "has the unknown key que; did you mean queue?"),
+        ({"priority": "high"}, "has priority: expected"),
+        (
+            {"task_id": "1"},
+            "has task_id: each tick has an id of its own, which beat makes. Take it",
+        ),
+        ({"producer": object()}, "has the unknown key producer"),
+    ],
+)
+def test_code_may_not_give_what_no_call_takes(options, problem):
+    assert problem in merged({**HOURLY, "options": options}).problem
+
+
 def test_whatever_a_conversion_raises_is_the_problem_of_its_entry(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise LookupError("unheard of")
 
     monkeypatch.setattr("ws_celery.beat.merging.parse_schedule", fail)
-    monkeypatch.setattr("ws_celery.beat.merging.accept_keys", fail)
+    monkeypatch.setattr("ws_celery.beat.merging.accept_options", fail)
     entry = merged(ini=HOURLY, options={"queue": "q"})
 
     assert entry.problem == (

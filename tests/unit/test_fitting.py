@@ -22,7 +22,7 @@ def clean_up(request, what, *, days=30):
 
 @pytest.fixture
 def app(make_app):
-    return make_app(clean_up, celery="timezone = Asia/Tokyo").celery
+    return make_app(clean_up, celery="timezone = Asia/Tokyo", ws_celery__beat="true").celery
 
 
 def problem(app, **fields):
@@ -75,8 +75,9 @@ def test_a_schedule_that_cannot_tell_its_next_tick_sets_an_entry_aside(app):
 
 def test_an_entry_is_not_to_overlap_only_where_something_tells_the_end_of_its_run(app, make_app):
     fields = {"args": ("old",), "overlap": "skip"}
-    with_results = make_app(clean_up, celery="result_backend = cache+memory://").celery
-    eager = make_app(clean_up, celery="task_always_eager = true").celery
+    on = {"ws_celery__beat": "true"}
+    with_results = make_app(clean_up, celery="result_backend = cache+memory://", **on).celery
+    eager = make_app(clean_up, celery="task_always_eager = true", **on).celery
 
     assert "the application has no result_backend. Set overlap" in problem(app, **fields)
     assert problem(with_results, **fields) is None
@@ -91,6 +92,34 @@ def test_a_run_at_the_beginning_of_the_calendar_sets_an_entry_aside(app):
     first = Clocked(datetime.min.replace(tzinfo=timezone.utc))
 
     assert "cannot tell its next tick" in problem(app, args=("old",), schedule=first)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"catch_up": "skip"}, "catch_up"),
+        ({"overlap": "allow"}, "overlap"),
+        ({"overlap": "skip", "expires": "2030-01-01T00:00Z"}, "overlap and expires"),
+        ({"starts_at": "2030-01-01T00:00Z"}, "starts_at"),
+        ({"type": "clocked", "schedule": "2030-01-01T00:00Z"}, "type = clocked"),
+        ({"type": None, "schedule": Clocked(datetime(2030, 1, 1, tzinfo=timezone.utc))}, "type ="),
+    ],
+)
+def test_what_celerys_scheduler_would_not_obey_is_refused_without_a_database(
+    app, make_app, fields, named
+):
+    without = make_app(clean_up).celery
+    made = {"task": "myapp.clean_up", "args": ["old"], "type": "integer", "schedule": 1, **fields}
+    entries = merge({"mine": {k: v for k, v in made.items() if v is not None}}, {}, {})
+
+    found = fitted(entries, without)["mine"].problem
+
+    assert found.startswith(f"has {named}")
+    assert found.endswith(
+        "which needs the schedule in the database: Celery's own scheduler would not obey. Set "
+        "ws_celery.beat = true in the section of the application, or take it out"
+    )
+    assert "schedule in the database" not in (fitted(entries, app)["mine"].problem or "")
 
 
 def test_an_entry_that_has_a_problem_already_keeps_it(app):

@@ -585,7 +585,5 @@ def test_a_setting_says_where_the_locks_are(make_config, broker, celery, locks, 
 
 
 def test_another_place_is_refused(make_config):
-    with pytest.raises(
-        ConfigurationExecutionError, match=r"ws_celery.locks.*Did you mean database"
-    ):
+    with pytest.raises(ConfigurationError, match=r"ws_celery.locks.*Did you mean database"):
         make_config(ws_celery__locks="databse").commit()

@@ -7,9 +7,8 @@ import textwrap
 import uuid
 
 import pytest
-from pyramid.exceptions import ConfigurationExecutionError
 
-from ws_celery import task
+from ws_celery import ConfigurationError, task
 
 TASKS = """
     from ws_celery import task
@@ -108,7 +107,7 @@ def test_the_setting_says_which_distributions(install, start, plugins, names):
 )
 def test_a_setting_that_names_no_distribution_is_refused(install, make_app, plugins, message):
     install("acme-tasks")
-    with pytest.raises(ConfigurationExecutionError, match=rf"ws_celery\.plugins = .*{message}"):
+    with pytest.raises(ConfigurationError, match=rf"ws_celery\.plugins = .*{message}"):
         make_app(ws_celery__plugins=plugins)
 
 
@@ -127,7 +126,7 @@ def test_a_setting_that_names_no_distribution_is_refused(install, make_app, plug
 )
 def test_a_plugin_that_fails_is_named_with_the_remedy(install, start, broken, reason):
     module = install("acme-tasks", **broken)
-    with pytest.raises(ConfigurationExecutionError) as error:
+    with pytest.raises(ConfigurationError) as error:
         start()
 
     text = str(error.value)
@@ -151,7 +150,7 @@ def test_a_task_of_a_plugin_that_has_the_name_of_another_is_refused(install, sta
         """Do nothing."""
 
     with pytest.raises(
-        ConfigurationExecutionError, match=r"plugin acme-tasks: .*own and .*one are both tasks"
+        ConfigurationError, match=r"plugin acme-tasks: .*own and .*one are both tasks"
     ):
         start("all", own)
 

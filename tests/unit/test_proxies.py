@@ -13,13 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import transaction
 from pyramid.config import Configurator, global_registries
-from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
+from pyramid.exceptions import ConfigurationConflictError
 from pyramid.interfaces import IIntrospectable
 from pyramid.response import Response
 from pyramid.threadlocal import RequestContext
 
 from ws_celery import RequestAwareTask, TransactionalTask, celery_app, get_celery_app, task
-from ws_celery.exceptions import NoCurrentApplication, NotIncluded, TaskNotRegistered
+from ws_celery.exceptions import (
+    ConfigurationError,
+    NoCurrentApplication,
+    NotIncluded,
+    TaskNotRegistered,
+)
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
 
@@ -456,7 +461,7 @@ def test_a_task_of_imports_conflicts_with_another_one_of_its_name(make_config, w
     config = make_config(celery=f"imports = {module}")
     config.add_celery_task(add)
 
-    with pytest.raises(ConfigurationExecutionError, match=r"imports: .*add.* and .*another"):
+    with pytest.raises(ConfigurationError, match=r"imports: .*add.* and .*another"):
         config.commit()
 
 
@@ -474,7 +479,7 @@ def test_a_task_imported_by_another_module_does_not_conflict(make_app, write_mod
 def test_a_module_of_imports_that_is_missing_is_named(make_config):
     config = make_config(celery="imports = nowhere.tasks")
 
-    with pytest.raises(ConfigurationExecutionError, match=r"\[celery\] imports: .*nowhere"):
+    with pytest.raises(ConfigurationError, match=r"\[celery\] imports: .*nowhere"):
         config.make_celery_app()
 
 

@@ -8,9 +8,8 @@ import pytest
 import transaction
 from celery.exceptions import SoftTimeLimitExceeded
 from kombu.exceptions import OperationalError
-from pyramid.exceptions import ConfigurationExecutionError
 
-from ws_celery import task
+from ws_celery import ConfigurationError, task
 from ws_celery.dispatch import Publication
 from ws_celery.events import PublishFailed, TasksPublished
 
@@ -189,9 +188,7 @@ def test_a_time_limit_during_a_subscriber_ends_the_task(make_app):
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
 @pytest.mark.parametrize("key", ["publish_timeout", "publish_cooldown"])
 def test_a_time_that_is_none_ends_the_start(make_app, key, value):
-    with pytest.raises(
-        ConfigurationExecutionError, match=rf"ws_celery\.{key} = .*more than 0 seconds"
-    ):
+    with pytest.raises(ConfigurationError, match=rf"ws_celery\.{key} = .*more than 0 seconds"):
         make_app(**{f"ws_celery__{key}": value})
 
 

@@ -8,13 +8,12 @@ import pytest
 import transaction
 from celery import group
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry
-from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid_tm import is_tm_active
 from transaction.interfaces import TransientError
 from zope.interface.verify import verifyObject
 
-from ws_celery import RequestAwareTask, immediately, task
+from ws_celery import ConfigurationError, RequestAwareTask, immediately, task
 from ws_celery.interfaces import ITaskRequest
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
@@ -377,7 +376,7 @@ def test_a_conflict_that_would_be_retried_is_tried_in_place_first(run, ledgers, 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", ""])
 def test_a_number_of_attempts_that_is_none_ends_the_start(make_app, value):
-    with pytest.raises(ConfigurationExecutionError, match=r"retry\.attempts = "):
+    with pytest.raises(ConfigurationError, match=r"retry\.attempts = "):
         make_app(include=(), retry__attempts=value)
 
 

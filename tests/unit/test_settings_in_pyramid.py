@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from functools import partialmethod
 
@@ -10,8 +11,9 @@ from celery.beat import PersistentScheduler
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
-from ws_celery import get_celery_app, task
+from ws_celery import ConfigurationError, get_celery_app, task
 from ws_celery.beat.store import Store
+from ws_celery.config import make_celery_app
 from ws_celery.outbox import Outbox
 
 
@@ -80,7 +82,7 @@ def test_an_unknown_option_in_code_is_refused():
     config.include("ws_celery")
     config.configure_celery(broker_url="memory://", worker_concurency=5)
 
-    with pytest.raises(ConfigurationExecutionError, match="Did you mean worker_concurrency"):
+    with pytest.raises(ConfigurationError, match="Did you mean worker_concurrency"):
         config.commit()
 
 
@@ -121,7 +123,7 @@ def test_the_setting_and_the_directive_may_not_name_different_files(ini):
     config.include("ws_celery")
     config.configure_celery(ini("[celery]\nbroker_url = memory://\n", "other.ini"))
 
-    with pytest.raises(ConfigurationExecutionError, match="name different files"):
+    with pytest.raises(ConfigurationError, match="name different files"):
         config.commit()
 
 
@@ -167,7 +169,7 @@ def test_a_module_that_cannot_be_imported_names_file_and_line(ini):
     config = Configurator(settings={"ws_celery.config_uri": path})
     config.include("ws_celery")
 
-    with pytest.raises(ConfigurationExecutionError, match=r"app\.ini:3: \[celery\] imports: "):
+    with pytest.raises(ConfigurationError, match=r"app\.ini:3: \[celery\] imports: "):
         config.commit()
 
 
@@ -271,3 +273,42 @@ def test_a_part_that_is_switched_off_after_the_include_is_off(make_app, part):
     app = make_app(setup=setup, **{f"ws_celery__{part}": "true"})
 
     assert app.celery.outbox is app.celery.schedule is None
+
+
+def _committed(config):
+    config.commit()
+
+
+@pytest.mark.parametrize("finish", [_committed, Configurator.make_wsgi_app, make_celery_app])
+def test_an_error_of_the_configuration_arrives_as_it_is(make_config, finish):
+    config = make_config(celery="worker_concurency = 4")
+
+    with pytest.raises(ConfigurationError) as error:
+        finish(config)
+
+    assert re.match(r"\S+\.ini:4: \[celery\] worker_concurency = '4': is no", str(error.value))
+
+
+def test_an_error_of_a_task_arrives_as_it_is_from_make_celery_app(make_config):
+    @task(name="wrong", flavour="mint")
+    def wrong(request):
+        pass
+
+    config = make_config()
+    config.add_celery_task(wrong)
+
+    with pytest.raises(ConfigurationError) as error:
+        config.make_celery_app()
+
+    assert str(error.value).startswith("the task 'wrong' has the unknown option 'flavour'")
+
+
+def test_an_error_of_the_applications_own_is_wrapped_as_in_pyramid(make_config):
+    def fail():
+        raise LookupError("nowhere")
+
+    config = make_config()
+    config.action("mine", fail)
+
+    with pytest.raises(ConfigurationExecutionError, match="nowhere"):
+        config.make_celery_app()

@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import pytest
 from celery import Celery
-from celery.schedules import crontab, schedule
+from celery.schedules import BaseSchedule, crontab, schedule
+from chaos.beats import Line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.walks import walk
@@ -229,6 +230,33 @@ def one_off(text, **fields):
     return entry_of(Clocked(datetime.fromisoformat(text)), **fields)
 
 
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ("2026-03-28 12:00", ["2026-03-28 23:00", "2026-03-29 22:00", "2026-03-30 22:00"]),
+        ("2026-10-24 12:00", ["2026-10-24 22:00", "2026-10-25 23:00", "2026-10-26 23:00"]),
+    ],
+)
+def test_a_relative_period_of_a_day_ticks_at_midnight_of_the_applications_zone(first, expected):
+    app = Celery(set_as_current=False)
+    app.conf.timezone = BERLIN
+    entry = entry_of(schedule(DAY, relative=True, app=app))
+
+    assert ticks(entry, at(first), at(expected[-1])) == [at(each) for each in expected]
+
+
+def test_a_schedule_of_the_applications_own_is_told_the_time_of_its_zone():
+    class Noon(BaseSchedule):
+        def remaining_estimate(self, last_run_at):
+            noon = last_run_at.replace(hour=12, minute=0)
+            return noon + (DAY if noon <= last_run_at else 0 * DAY) - self.now()
+
+    app = Celery(set_as_current=False)
+    app.conf.timezone = "Asia/Tokyo"
+
+    assert next_tick(entry_of(Noon(app=app)), at("2026-01-01 00:00")) == at("2026-01-01 03:00")
+
+
 @pytest.mark.parametrize("catch_up", ["skip", "once"])
 def test_a_tick_that_a_beat_was_ready_for_is_not_missed_however_late_it_gets_round_to_it(catch_up):
     entry, tick = every(HOUR, catch_up=catch_up), at("2026-01-01 12:00")
@@ -382,3 +410,22 @@ def test_nothing_runs_twice_when_the_clock_jumps(entry, jumps, once):
     ran = looked(entry, start, looks)
 
     assert all(earlier < later for earlier, later in pairwise(ran))
+
+
+@pytest.mark.parametrize(
+    ("skipped", "gap", "outage", "broken"),
+    [
+        (0, 1.1, 0, False),
+        (1, 1.1, 0, True),
+        (0, 2.1, 0, True),
+        (50, 11.0, 10, False),
+        (61, 11.0, 10, True),
+        (50, 12.1, 10, True),
+    ],
+)
+def test_beats_of_the_crash_matrix_may_skip_only_what_nobody_could_claim(
+    skipped, gap, outage, broken
+):
+    line = Line("a fault", 300, twice=0, never=0, skipped=skipped, gap=gap, outage=outage)
+
+    assert line.is_broken is broken

@@ -11,9 +11,13 @@ from typing import Any
 from pyramid.config import PHASE3_CONFIG
 
 from ws_celery.applications import get_celery_app
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import our_setting
 
-__all__ = ("Scheduler", "includeme")
+__all__ = ("SCHEDULER", "Scheduler", "includeme")
+
+#: What ``beat_scheduler`` is, if nobody says otherwise.
+SCHEDULER = f"{__name__}:Scheduler"
 
 
 def includeme(config: Any) -> None:
@@ -29,12 +33,18 @@ def includeme(config: Any) -> None:
 def _switch_on(config: Any) -> None:
     from ws_celery.beat.store import Store  # SQLAlchemy is needed for no other part of beat
 
+    app = get_celery_app(config.registry)
+    if app.conf.beat_scheduler != SCHEDULER:
+        raise ConfigurationError(
+            f"[celery] beat_scheduler = {app.conf.beat_scheduler} does not read the schedule in "
+            "the database. Take it out, or ws_celery.beat = true."
+        )
     table = our_setting(config.registry.settings, "ws_celery.beat.table", "ws_celery_schedule")
-    get_celery_app(config.registry).schedule = Store(get_celery_app(config.registry), table)
+    app.schedule = Store(app, table)
 
 
 def Scheduler(app: Any, **options: Any) -> Any:  # noqa: N802 - it takes the place of Celery's class
-    """Make the scheduler of ``ws-celery beat``: the database's, or without one that of a file.
+    """Make the scheduler of ``ws-celery beat``: the database's, or without one Celery's own.
 
     :param app: the Celery app.
     :param options: as :class:`celery.beat.Scheduler` takes them.

@@ -10,9 +10,13 @@ from typing import Any
 from ws_celery.beat.entry import Entry
 from ws_celery.beat.overlap import nothing_tells
 from ws_celery.beat.ticks import due_tick
+from ws_celery.clocked import Clocked
 from ws_celery.converters import nearest
 
 __all__ = ("fitted",)
+
+#: Fields that Celery's own scheduler does not know.
+_OURS = ("catch_up", "overlap", "starts_at", "expires")
 
 
 def fitted(entries: Mapping[str, Entry], app: Any) -> dict[str, Entry]:
@@ -46,7 +50,20 @@ def _problem(entry: Entry, app: Any) -> str | None:
             task.__header__(*entry.args, **entry.kwargs)
     except TypeError as error:
         return f"the arguments do not fit {entry.task}: {error}"
+    if app.schedule is None:
+        return _problem_without_database(entry) or _problem_of_timing(entry)
     return _problem_of_overlap(entry, app) or _problem_of_timing(entry)
+
+
+def _problem_without_database(entry: Entry) -> str | None:
+    fields = [name for name in _OURS if name in entry.origins]
+    if isinstance(entry.schedule, Clocked):
+        fields.insert(0, "type = clocked")
+    return " and ".join(fields) and (
+        f"has {' and '.join(fields)}, which needs the schedule in the database: Celery's own "
+        "scheduler would not obey. Set ws_celery.beat = true in the section of the application, or "
+        "take it out"
+    )
 
 
 def _problem_of_overlap(entry: Entry, app: Any) -> str | None:

@@ -17,7 +17,8 @@ from celery.schedules import BaseSchedule, maybe_schedule
 from ws_celery.beat.entry import FIELDS, TIMING, Entry, Known
 from ws_celery.converters import Refused, nearest
 from ws_celery.schedules import KEYS_OF_TYPES, SCHEDULE_TYPES, parse_schedule, text_of_schedule
-from ws_celery.settings.keys import ENTRY_KEYS, ROUTE_KEYS, accept_keys
+from ws_celery.settings.entries import accept_options
+from ws_celery.settings.keys import ENTRY_KEYS
 
 __all__ = ("check_fields", "merge")
 
@@ -70,7 +71,8 @@ def _entry(
     name: str, fields: Mapping[str, Any], origins: Mapping[str, str], *, orphaned: bool
 ) -> Entry:
     typed: dict[str, Any] = {}
-    problem = "; ".join(_problems(fields, typed)) or None
+    in_python = origins.get("options") == "code"
+    problem = "; ".join(_problems(fields, typed, in_python=in_python)) or None
     return Entry(
         name=name,
         origins=origins,
@@ -90,9 +92,17 @@ def check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def _problems(
-    fields: Mapping[str, Any], typed: dict[str, Any], *, whole: bool = True
+    fields: Mapping[str, Any],
+    typed: dict[str, Any],
+    *,
+    whole: bool = True,
+    in_python: bool = False,
 ) -> Iterator[str]:
-    """Put what is right into ``typed``, and tell what is not."""
+    """Put what is right into ``typed``, and tell what is not.
+
+    :param whole: whether it is an entry, and not a part of one.
+    :param in_python: whether its options are written in code.
+    """
     for key in fields:
         if key not in FIELDS:
             yield f"has the unknown field {key}{_meant(nearest(key, FIELDS))}"
@@ -101,7 +111,9 @@ def _problems(
             continue
         try:
             value = kind.accept(fields[key])
-            typed[key] = accept_keys(value, ROUTE_KEYS) if key == "options" else value
+            if key == "options":
+                value = accept_options(value, in_python=in_python)
+            typed[key] = value
         except Exception as error:  # noqa: BLE001 - of this entry alone, whatever it is
             yield _told(key, fields[key], error, kind.expected)
     if "args" in typed:

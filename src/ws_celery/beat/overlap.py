@@ -20,7 +20,7 @@ _ENDED = states.READY_STATES | {SKIPPED}
 
 def is_kept(app: Any, entry: Entry) -> bool:
     """Tell whether the row that the task of an entry has in the outbox tells its end."""
-    if app.outbox is None or app.eager is not None or app.schedule is None:
+    if app.outbox is None or app.eager is not None:
         return False
     return bool(getattr(app.tasks.get(entry.task), "outbox", True))
 

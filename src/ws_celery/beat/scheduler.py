@@ -70,9 +70,10 @@ class DatabaseScheduler(beat.Scheduler):
         self._ahead: float | None = None
         self._look_at = self._everything_at = self._round_at = 0.0
         self._service = Service("Beat", "database or broker")
-        self._poll = our_setting(app.registry.settings, "ws_celery.beat.poll", 2.0)
         self._health = HealthFile(app.beat_health_file)
         super().__init__(app, **options)
+        poll = our_setting(app.registry.settings, "ws_celery.beat.poll", 2.0)
+        self._poll = min(poll, self.max_interval)
 
     def setup_schedule(self) -> None:
         """Collect what code declares; the database is asked at the first tick."""
@@ -93,7 +94,7 @@ class DatabaseScheduler(beat.Scheduler):
             self._begin_anew()
             wait = self._service.failed(error)
         asleep = monotonic()
-        if self._listener.wait(min(max(wait, 0.0), LONGEST)):
+        if self._listener.wait(min(max(wait, 0.0), LONGEST, self.max_interval)):
             self._look_at = 0.0
         if monotonic() - asleep > LONGEST + STOOD_STILL:
             self._begin_anew()

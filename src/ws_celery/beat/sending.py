@@ -11,7 +11,7 @@ from celery.beat import BeatLazyFunc
 from ws_celery.beat.entry import Entry
 from ws_celery.dispatch import Publication, RecordingProducer
 
-__all__ = ("ENTRY_HEADER", "TICK_HEADER", "call", "record")
+__all__ = ("ENTRY_HEADER", "TICK_HEADER", "record")
 
 #: Headers that tell a task which entry it is run for, and which tick, in UTC.
 ENTRY_HEADER, TICK_HEADER = "ws_celery_entry", "ws_celery_tick"
@@ -23,13 +23,6 @@ def record(app: Any, entry: Entry, tick: datetime) -> tuple[str, list[Publicatio
     :param tick: the nominal time.
     """
     publications: list[Publication] = []
-    recorder = RecordingProducer(app.producer_pool.connections.connection, publications)
-    result = call(app, entry, tick, producer=recorder)
-    return result.id, publications
-
-
-def call(app: Any, entry: Entry, tick: datetime, producer: Any) -> Any:
-    """Send the task of a tick by ``producer``; returns its result."""
     options = dict(entry.options)
     headers = {
         **(options.pop("headers", None) or {}),
@@ -37,13 +30,14 @@ def call(app: Any, entry: Entry, tick: datetime, producer: Any) -> Any:
         ENTRY_HEADER: entry.name,
         TICK_HEADER: tick.isoformat(),
     }
-    return app.tasks[entry.task].apply_async(
+    result = app.tasks[entry.task].apply_async(
         _evaluated(entry.args),
         _evaluated(entry.kwargs),
-        producer=producer,
+        producer=RecordingProducer(app.producer_pool.connections.connection, publications),
         headers=headers,
         **options,
     )
+    return result.id, publications
 
 
 def _evaluated(values: Any) -> Any:

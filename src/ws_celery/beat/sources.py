@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from celery.backends.base import DisabledBackend
@@ -20,6 +20,7 @@ __all__ = (
     "entry_of",
     "fields_by_source",
     "install",
+    "problems_of",
 )
 
 _WORDS_OF_A_CRONTAB = 5
@@ -78,25 +79,34 @@ def check_sources(app: Any) -> None:
 
     :raises ConfigurationError: with all that is wrong.
     """
-    entries, code = entries_of(app, {}), _code(app)
-    problems = [
-        f"[celerybeat:{name}] {entry.problem}"
-        for name, entry in entries.items()
-        if entry.problem and entry.enabled
-    ]
-    problems += [
-        f"[celerybeat:{name}] has no task, and code declares no entry of this name."
-        for name, fields in _ini(app).items()
-        if "task" not in fields and fields.get("enabled", True) and name not in code
-    ]
-    if app.schedule is not None:
-        problems += [
-            f"[celerybeat:{name}] cannot be kept in the database: {problem}. Give it another name."
-            for name in entries
-            if (problem := problem_of_name(name))
-        ]
-    if problems:
+    if problems := [problem for _, problem in problems_of(app)]:
         raise ConfigurationError(*problems)
+
+
+def problems_of(app: Any) -> Iterator[tuple[str, str]]:
+    """Yield the name of each entry or option that beat would not start with, and why."""
+    if app.schedule is not None and app.conf.beat_cron_starting_deadline is not None:
+        yield (
+            "beat_cron_starting_deadline",
+            "[celery] beat_cron_starting_deadline is an option of Celery's own scheduler: with the "
+            "schedule in the database, catch_up of an entry says what becomes of a missed tick. "
+            "Take it out.",
+        )
+    for name, problem in _problems_of_entries(app):
+        yield name, f"[celerybeat:{name}] {problem}"
+
+
+def _problems_of_entries(app: Any) -> Iterator[tuple[str, str]]:
+    entries, code = entries_of(app, {}), _code(app)
+    for name, entry in entries.items():
+        if entry.problem and entry.enabled:
+            yield name, entry.problem
+    for name, fields in _ini(app).items():
+        if "task" not in fields and fields.get("enabled", True) and name not in code:
+            yield name, "has no task, and code declares no entry of this name."
+    for name in entries if app.schedule is not None else ():
+        if problem := problem_of_name(name):
+            yield name, f"cannot be kept in the database: {problem}. Give it another name."
 
 
 def install(app: Any) -> dict[str, Entry]:

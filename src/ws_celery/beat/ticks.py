@@ -124,10 +124,11 @@ def _as_told(timing: BaseSchedule, last: datetime, now: datetime) -> datetime:
     # A copy whose clock stands still; Celery's own crontab does not know of summer time.
     kind = ZonedCrontab if type(timing) is crontab else type(timing)
     stopped = object.__new__(kind)
-    vars(stopped).update(vars(timing), nowfun=lambda: now)
+    # Local, as Celery's own beat has them: what is rounded to days is rounded by them.
+    vars(stopped).update(vars(timing), nowfun=lambda: now.astimezone(stopped.tz))
     if kind is not type(timing):
         stopped.zone = None
-    tick: datetime = now + stopped.remaining_estimate(last)
+    tick: datetime = now + stopped.remaining_estimate(last.astimezone(stopped.tz))
     return tick.astimezone(timezone.utc)
 
 

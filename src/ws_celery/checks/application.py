@@ -11,11 +11,13 @@ from typing import Any
 from pyramid.settings import asbool
 
 from ws_celery.app import PyramidCelery
+from ws_celery.beat.sources import problems_of
 from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import WsCeleryError
 from ws_celery.inspection import outbox_state
+from ws_celery.logs import has_logging
 from ws_celery.masking import masked, masked_text
 from ws_celery.settings import Configuration
 
@@ -26,6 +28,17 @@ _VISIBILITY = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
 _PATIENCE = 5
 #: Seconds by which the clocks of two machines may differ.
 _CLOCKS = 10
+#: Options of the logging that Celery sets up.
+_LOGGING = (
+    "worker_hijack_root_logger",
+    "worker_log_color",
+    "worker_log_datefmt",
+    "worker_log_format",
+    "worker_redirect_stdouts",
+    "worker_redirect_stdouts_level",
+    "worker_task_log_datefmt",
+    "worker_task_log_format",
+)
 
 
 def look_at_application(
@@ -34,6 +47,8 @@ def look_at_application(
     """Find what is wrong or doubtful; the broker is asked for a connection, nothing is sent."""
     yield from _broker(app, configuration)
     yield from _outbox(app)
+    yield from _schedule(app, configuration)
+    yield from _without_effect(app, configuration, config_uri)
     yield from _tasks(app, configuration)
     yield from _plugins(app)
     yield from _queues(app, configuration)
@@ -95,17 +110,39 @@ def _outbox(app: PyramidCelery) -> Iterator[Finding]:
         yield Finding(WARNING, "clock", text)
 
 
+# --- The schedule -----------------------------------------------------------------------------
+
+
+def _schedule(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    """Find what beat would not start with."""
+    app.finalize()  # its handlers may declare entries
+    places = {row.name: row.place for row in configuration.rows}
+    for name, problem in problems_of(app):
+        yield Finding.at(places.get(name), ERROR, "schedule", problem)
+
+
+# --- What has no effect -----------------------------------------------------------------------
+
+
+def _without_effect(
+    app: PyramidCelery, configuration: Configuration, config_uri: str
+) -> Iterator[Finding]:
+    reasons = dict.fromkeys(_LOGGING, "the logging sections of the file are in force instead")
+    if not has_logging(config_uri):
+        reasons.clear()
+    if app.schedule is not None:
+        reasons["beat_schedule_filename"] = "the schedule is in the database"
+    for name, reason in reasons.items():
+        if configuration.settings.get(name):
+            text = f"{name} has no effect: {reason}; take it out"
+            yield Finding.at(configuration.place(name), WARNING, "without-effect", text)
+
+
 # --- Names ------------------------------------------------------------------------------------
 
 
 def _tasks(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
     for row in configuration.rows:
-        if row.category == "entry" and row.value["task"] not in app.tasks:
-            text = (
-                f"[{row.place.section}] task = {row.value['task']}: no such task is registered; "
-                "scan its module, or list it in imports"
-            )
-            yield Finding.at(row.place, ERROR, "unknown-task", text)
         if row.category in ("route", "annotation") and not _registered(app, row.name):
             text = f"[{row.place.section}]: no registered task has this name"
             yield Finding.at(row.place, WARNING, "unknown-task", text)

@@ -10,20 +10,25 @@ import click
 from celery.bin.base import CeleryOption
 from celery.bin.beat import beat as celery_beat
 
+from ws_celery.beat import SCHEDULER
 from ws_celery.cli.values import HealthFile
 
 __all__ = ("beat",)
 
-_OURS = "ws_celery.beat:Scheduler"
-
 
 @click.pass_context
 def _beat(context: click.Context, /, health_file: Path | None, **options: Any) -> Any:
-    if health_file is not None and options["scheduler"] != _OURS:
+    app, scheduler = context.obj.app, options["scheduler"]
+    if health_file is not None and scheduler != SCHEDULER:
         raise click.UsageError(
-            f"--health-file is for the scheduler {_OURS}, and this is {options['scheduler']}."
+            f"--health-file is for the scheduler {SCHEDULER}, and this is {scheduler}."
         )
-    context.obj.app.beat_health_file = health_file
+    if app.schedule is not None and scheduler != SCHEDULER:
+        raise click.UsageError(
+            f"the scheduler {scheduler} does not read the schedule in the database. Take out "
+            "--scheduler, or ws_celery.beat = true."
+        )
+    app.beat_health_file = health_file
     return context.invoke(celery_beat.callback, **options)
 
 

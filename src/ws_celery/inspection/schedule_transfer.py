@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ws_celery.applications import get_celery_app
 from ws_celery.beat.entry import Entry
+from ws_celery.beat.merging import check_fields
 from ws_celery.beat.sources import entries_of
+from ws_celery.converters import Refused
 from ws_celery.exceptions import EntryRefused, ScheduleNotOn
 from ws_celery.inspection.schedule_edits import EntryIsOver, editing
 
@@ -42,13 +45,13 @@ def export_schedule(source: Any, *, everything: bool = False) -> dict[str, dict[
     :raises ScheduleNotOn: if only that is wanted, and the application keeps no schedule there.
     """
     said, entries = _said(source, everything=everything)
-    return {name: fields for name, fields in said.items() if _is_exported(entries[name])}
+    return {name: fields for name, fields in said.items() if _is_exported(entries[name], fields)}
 
 
 def unexported_entries(source: Any, *, everything: bool = False) -> list[str]:
     """Return the names of what :func:`export_schedule` leaves out."""
     said, entries = _said(source, everything=everything)
-    return [name for name in said if not _is_exported(entries[name])]
+    return [name for name, fields in said.items() if not _is_exported(entries[name], fields)]
 
 
 def _said(
@@ -69,8 +72,15 @@ def _said(
     }, entries
 
 
-def _is_exported(entry: Entry) -> bool:
-    return entry.type != "python" and not entry.orphaned and entry.problem is None
+def _is_exported(entry: Entry, fields: Mapping[str, Any]) -> bool:
+    if entry.type == "python" or entry.orphaned or entry.problem is not None:
+        return False
+    try:
+        check_fields(fields)
+        json.dumps(fields)
+    except (Refused, TypeError):
+        return False  # it has objects of the application's code
+    return True
 
 
 def import_schedule(

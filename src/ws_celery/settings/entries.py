@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
-from ws_celery.converters import nearest
+from celery import Celery, Task
+
+from ws_celery.converters import Refused, nearest
 from ws_celery.schedules import KEYS_OF_TYPES, SCHEDULE_TYPES, parse_schedule
 from ws_celery.settings.faults import Faults, Place, Value
 from ws_celery.settings.keys import ENTRY_KEYS, ROUTE_KEYS, accept_keys
 
-__all__ = ("ReadEntry", "read_entry")
+__all__ = ("ReadEntry", "accept_options", "read_entry")
 
 _TYPES = f"one of {', '.join(SCHEDULE_TYPES)}"
+
+#: What beat itself gives to each call.
+_OF_BEAT = {"name", "args", "kwargs", "options", "task_id", "producer", "publisher", "connection"}
+#: Options of a call that Celery takes, and names nowhere.
+_UNNAMED = {"argsrepr", "kwargsrepr", "stamped_headers"}
+#: What an INI file could say; a call also takes other objects, such as a datetime.
+_PLAIN = (str, int, float, list, tuple, dict)
 
 
 class ReadEntry(NamedTuple):
@@ -27,7 +37,34 @@ class ReadEntry(NamedTuple):
     for_celery: dict[str, Any] | None
 
 
-def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> ReadEntry | None:
+def accept_options(values: Mapping[str, Any], *, in_python: bool) -> dict[str, Any]:
+    """Return the options of an entry's calls, typed.
+
+    :param in_python: whether they are written in code: then they may be whatever ``apply_async``
+        takes, such as the signatures of ``link``.
+    :raises Refused: at the first key that is unknown or has a value of another kind.
+    """
+    if "task_id" in values:
+        raise Refused("has task_id: each tick has an id of its own, which beat makes. Take it out")
+    as_given: dict[str, Any] = {}
+    if in_python:
+        untyped = {*_options_of_a_call(), *values.get("stamped_headers", ())}
+        untyped |= {key for key in ROUTE_KEYS if not isinstance(values.get(key), _PLAIN)}
+        as_given = {key: value for key, value in values.items() if key in untyped}
+    rest = {key: value for key, value in values.items() if key not in as_given}
+    return {**as_given, **accept_keys(rest, ROUTE_KEYS)}
+
+
+def _options_of_a_call() -> set[str]:
+    """Return those that are not typed."""
+    calls = (Task.apply_async, Celery.send_task)
+    named = {name for call in calls for name in signature(call).parameters}
+    return (named | _UNNAMED) - _OF_BEAT - {"self", *ROUTE_KEYS}
+
+
+def read_entry(
+    values: Mapping[str, Value], place: Place, faults: Faults, *, in_python: bool = False
+) -> ReadEntry | None:
     """Read an entry.
 
     Without a task it changes fields of an entry that code declares under its name.
@@ -35,6 +72,7 @@ def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> Rea
     :param values: the keys of the section.
     :param place: where the entry begins.
     :param faults: where to add what is wrong.
+    :param in_python: whether it is written in code.
     :return: ``None`` if something is.
     """
     before = len(faults)
@@ -49,7 +87,7 @@ def read_entry(values: Mapping[str, Value], place: Place, faults: Faults) -> Rea
     timing = _timing(values, keys, place, faults) if "schedule" in values else None
     if "options" in keys:
         with faults.catching(values["options"]):
-            keys["options"] = accept_keys(keys["options"], ROUTE_KEYS)
+            keys["options"] = accept_options(keys["options"], in_python=in_python)
     if len(faults) > before:
         return None
     if "task" not in keys:

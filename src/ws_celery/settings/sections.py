@@ -276,7 +276,7 @@ class Sections:
                 self._faults.at(where, "is no object", expected='{"task": ..., "schedule": ...}')
             else:
                 values = {str(key): Value(value, where, True) for key, value in keys.items()}
-                read = read_entry(values, where, self._faults)
+                read = read_entry(values, where, self._faults, in_python=in_python)
                 if read is not None:
                     found[name] = read.fields
                     if read.for_celery is not None:
