@@ -302,7 +302,7 @@ def visit(request, make_app):
             config.add_view(view, route_name="home")
 
         hook = {"tm__manager_hook": request.param} if request.param else {}
-        app = make_app(add, setup=setup, **hook)
+        app = make_app(add, other, setup=setup, **hook)
         app.web.get("/")
         return app
 
@@ -432,6 +432,110 @@ def test_a_task_called_while_the_transaction_commits_is_not_sent_if_it_fails(app
         transaction.commit()
 
     assert app.names() == []
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+def test_a_task_called_in_an_after_abort_hook_is_sent_at_once(app, doomed):
+    transaction.begin()
+    other.delay()
+    transaction.get().addAfterAbortHook(add.delay, (1,))
+    if doomed:
+        transaction.doom()
+    transaction.abort()
+
+    assert app.names() == ["add"]
+
+
+def test_a_task_called_by_a_synchronizer_after_an_abort_is_sent_at_once(make_app):
+    class Synchronizer:
+        def newTransaction(self, txn):  # noqa: N802
+            pass
+
+        beforeCompletion = newTransaction  # noqa: N815
+
+        def afterCompletion(self, txn):  # noqa: N802
+            add.delay(1)
+
+    synchronizer = Synchronizer()
+    transaction.manager.registerSynch(synchronizer)  # before ours, and so called before
+    app = make_app(add)
+    transaction.begin()
+    transaction.abort()
+    transaction.manager.unregisterSynch(synchronizer)
+
+    assert app.names() == ["add"]
+
+
+# Transactions that the function ends itself, while somebody else finishes the last one
+
+
+def end(request, how):
+    getattr(request.tm, how)()
+    if request.tm is not transaction.manager:
+        request.tm.begin()
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+@pytest.mark.parametrize("how", ["commit", "abort"])
+def test_a_view_that_ends_its_transaction_dispatches_with_the_next_one(visit, how, doomed):
+    def view(request):
+        other.delay()
+        end(request, how)
+        add.delay(1)
+        if doomed:
+            request.tm.doom()
+        return Response("done")
+
+    committed = ["other"] if how == "commit" else []
+    assert visit(view).names() == committed + ([] if doomed else ["add"])
+
+
+def test_what_the_last_commit_of_a_view_dispatches_itself_is_not_sent_if_it_fails(make_app):
+    def view(request):
+        transaction.commit()
+        transaction.get().addBeforeCommitHook(add.delay, (1,))
+        transaction.get().join(Refusing())
+        return Response("done")
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+
+    app = make_app(add, setup=setup)
+    with pytest.raises(RuntimeError, match="no"):
+        app.web.get("/")
+
+    assert app.names() == []
+
+
+@pytest.mark.parametrize("how", ["commit", "abort"])
+def test_a_hook_of_what_a_view_has_ended_is_outside_of_the_next_transaction(visit, how):
+    def view(request):
+        end(request, "commit")
+        request.tm.get().addAfterCommitHook(lambda _committed: add.delay(1))
+        request.tm.get().addAfterAbortHook(add.delay, (1,))
+        end(request, how)
+        request.tm.doom()
+        return Response("done")
+
+    assert visit(view).names() == ["add"]
+
+
+def test_after_a_request_an_implicit_transaction_is_waited_for_no_more(visit):
+    kept = []
+
+    def view(request):
+        kept.append(request)
+        end(request, "commit")
+        add.delay(1)
+        return Response("done")
+
+    app = visit(view)
+    assert app.names() == ["add"]
+    transaction.get()
+    add.delay(kept[0], 2)
+
+    assert app.names() == ["add"]
 
 
 # Events travel along

@@ -14,7 +14,7 @@ from ws_celery.outbox.message import check_names, times_of
 if TYPE_CHECKING:
     from ws_celery.outbox.store import Outbox
 
-__all__ = ("Journal", "connection_of")
+__all__ = ("Journal", "connection_of", "join")
 
 #: How often the flush of a session may lead to another one.
 _FLUSHES = 100
@@ -70,7 +70,7 @@ class Journal:
         manager = getattr(request, "tm", None)
         if manager is not None and self._outbox.app.transactions.begun(manager) is not self._txn:
             raise OutboxDetached(task, "the transaction of its request is not the one that is open")
-        _join(session, self._txn, task)
+        join(session, self._txn, task)
         return session
 
     def _flush_and_write(self) -> None:
@@ -107,11 +107,16 @@ def connection_of(session: Any, table: Any, txn: Any) -> Any:
     :param txn: the transaction that commits the session; it would not commit what the ORM has not
         written, if nobody told.
     """
-    _join(session, txn, table.fullname)
+    join(session, txn, table.fullname)
     return session.connection(bind_arguments={"clause": table})
 
 
-def _join(session: Any, txn: Any, what: str) -> None:
+def join(session: Any, txn: Any, what: str) -> None:
+    """Let a session belong to a transaction, and be committed by it; it begins nothing yet.
+
+    :param what: what it is for, in messages.
+    :raises OutboxDetached: if it belongs to another one, or this one commits already.
+    """
     try:
         mark_changed(session, _ManagerOf(txn))
     except ValueError as error:

@@ -1,0 +1,348 @@
+"""Functions that commit, abort or begin by themselves: what they do, and how their runs end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import transaction
+from tests.notes import follow, insert, write
+from transaction.interfaces import TransientError
+
+from ws_celery import task
+from ws_celery.dispatch import Publication
+from ws_celery.exceptions import Duplicate
+from ws_celery.outbox.deliveries import Deliveries
+from ws_celery.testing.running import run_as_worker
+
+EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
+
+
+def commit(request, _number):
+    request.tm.commit()
+    _begin(request)
+
+
+def abort(request, _number):
+    request.tm.abort()
+    _begin(request)
+
+
+def _begin(request):
+    if request.tm is not transaction.manager:
+        request.tm.begin()
+
+
+def with_manager(request, number):
+    with request.tm:
+        insert(request, number + 5)
+        write.delay(number + 6)
+
+
+#: What the function does between its two effects.
+DEEDS = {
+    "commit": commit,
+    "abort": abort,
+    "begin": lambda request, _number: request.tm.begin(),
+    "doom": lambda request, _number: request.tm.doom(),
+    "with request.tm": with_manager,
+    "transaction.begin()": lambda _request, _number: transaction.begin(),
+}
+ENDS = ("return", "raise", "retry", "replace")
+
+
+@task(name="work", bind=True)
+def work(self, request, deed, end):
+    """Write a row and dispatch a task, before and after the deed."""
+    number = 10 * self.request.retries
+    insert(request, number + 1)
+    write.delay(number + 2)
+    DEEDS[deed](request, number)
+    insert(request, number + 3)
+    write.delay(number + 4)
+    if end == "raise":
+        raise LookupError("no such thing")
+    if end == "retry" and not self.request.retries:
+        raise self.retry(countdown=0)
+    if end == "replace":
+        self.replace(write.s(9))
+
+
+def expected(deed, end, *, explicit):
+    """Return the numbers of the rows that there are to be, and how many dead letters."""
+    if explicit and deed in ("begin", "with request.tm"):
+        return [], 1  # AlreadyInTransaction
+    if explicit and deed == "transaction.begin()":
+        deed = "nothing"  # that is not the manager of the request
+    numbers = committed(deed, end, 0)
+    if end == "retry":
+        numbers |= committed(deed, "return", 10)
+    if end == "replace":
+        numbers.add(9)
+    return sorted(numbers), int(end == "raise")
+
+
+def committed(deed, end, number):
+    at_the_end = end in ("return", "replace") and deed != "doom"
+    found = {3, 4} if at_the_end else set()
+    if deed == "commit" or (deed == "nothing" and at_the_end):
+        found |= {1, 2}
+    if deed == "with request.tm":
+        found |= {5, 6}
+    return {number + each for each in found}
+
+
+@pytest.fixture
+def run_all(rows_of):
+    """Run all messages as a worker does, and those that they send; returns how each run ended."""
+
+    def run_all(app, *, twice=False):
+        ended = []
+        while messages := app.sent():
+            for message in messages * (2 if twice else 1):
+                try:
+                    run_as_worker(app.celery, publication_of(message), {})
+                    ended.append(None)
+                except Exception as error:  # noqa: BLE001 - as the tests look at it
+                    ended.append(type(error).__name__)
+        return ended
+
+    return run_all
+
+
+def publication_of(message):
+    body = json.dumps([message.args, message.kwargs, message.embed])
+    headers = dict(message.headers)
+    kind = {"content_type": "application/json", "content_encoding": "utf-8"}
+    return Publication(body, {"headers": headers, **kind})
+
+
+def numbers(database):
+    return [int(note.removeprefix("note ")) for note in database.notes()]
+
+
+@pytest.fixture(params=["explicit manager", "manager of the thread"])
+def options(request):
+    return EXPLICIT if request.param == "explicit manager" else {}
+
+
+@pytest.mark.parametrize("kind", ["postgres", "sqlite", "mariadb"])
+def test_each_commit_of_a_function_is_once_and_its_run_comes_to_an_end(
+    request, make_outbox, rows_of, run_all, options, kind
+):
+    database = request.getfixturevalue(kind)
+    app = make_outbox(database, work, write, **options)
+    found, right = {}, {}
+    for each in itertools.product(DEEDS, ENDS):
+        send(app, work, *each)
+        run_all(app, twice=True)
+        dead = [row for row in rows_of(app) if row.due_at is None]
+        assert len(dead) == len(rows_of(app)), each
+        found[each] = numbers(database), len(dead)
+        right[each] = expected(*each, explicit=bool(options))
+        database.execute("DELETE FROM notes")
+        with app.celery.outbox.begin() as connection:
+            connection.execute(app.celery.outbox.table.delete())
+
+    assert found == right
+
+
+def test_each_commit_of_a_function_is_its_own_without_an_outbox(make_app, sqlite, run_all, options):
+    app = make_app(work, write, setup=sqlite.includeme, **options)
+    found, right = {}, {}
+    for each in itertools.product(DEEDS, ENDS):
+        send(app, work, *each)
+        failures = [error for error in run_all(app) if error not in (None, "Retry", "Ignore")]
+        found[each] = numbers(sqlite), len(failures)
+        right[each] = expected(*each, explicit=bool(options))
+        sqlite.execute("DELETE FROM notes")
+
+    assert found == right
+
+
+def send(app, task, *args, **options):
+    request = app.request()
+    with request.tm:
+        return task.apply_async((request, *args), **options)
+
+
+# One by one
+
+
+@task(name="ending", bind=True)
+def ending(self, request, end):
+    """End the transaction, and go on without one."""
+    insert(request, 1 + self.request.retries)
+    write.delay(3 + self.request.retries)
+    request.tm.commit()
+    if end == "raise":
+        raise LookupError("no such thing")
+    if end == "retry" and not self.request.retries:
+        raise self.retry(countdown=0)
+    if end == "replace":
+        self.replace(write.s(9))
+
+
+@pytest.mark.parametrize(
+    ("end", "right"),
+    [
+        ("return", ([1, 3], None)),
+        ("raise", ([1, 3], "LookupError")),
+        ("retry", ([1, 2, 3, 4], None)),
+        ("replace", ([1, 3, 9], None)),
+    ],
+)
+def test_a_function_may_end_its_transaction_and_open_no_other(
+    make_outbox, database, rows_of, run_all, options, end, right
+):
+    app = make_outbox(database, ending, write, **options)
+    send(app, ending, end)
+    run_all(app, twice=True)
+
+    dead = [row.error.splitlines()[-1].partition(":")[0] for row in rows_of(app)]
+    assert (numbers(database), dead) == (right[0], [right[1]] if right[1] else [])
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_function_may_end_its_transaction_without_an_outbox(
+    make_app, sqlite, run_all, options, end
+):
+    app = make_app(ending, write, setup=sqlite.includeme, **options)
+    send(app, ending, end)
+    ended = run_all(app)
+
+    own = {"return": None, "raise": "LookupError", "retry": "Retry", "replace": "Ignore"}
+    assert ended[0] == own[end]
+    also = {"retry": [2, 4], "replace": [9]}.get(end, [])
+    assert numbers(sqlite) == sorted([1, 3, *also])
+
+
+def test_a_conflict_after_a_commit_of_the_function_does_not_repeat_it(
+    make_outbox, database, rows_of, run_all, options
+):
+    runs = []
+
+    @task(name="conflicting", bind=True)
+    def conflicting(self, request):
+        runs.append(self.request.ws_celery_attempts)
+        insert(request, len(runs))
+        commit(request, 0)
+        raise TransientError("in the second half")
+
+    app = make_outbox(database, conflicting, **options)
+    send(app, conflicting)
+    run_all(app, twice=True)
+
+    (row,) = rows_of(app)
+    assert runs == [2]
+    assert numbers(database) == [1]
+    assert row.due_at is None
+    assert "in the second half" in row.error
+
+
+def test_a_function_that_wants_to_be_retried_after_a_conflict_has_its_way(
+    make_outbox, database, rows_of, run_all, options
+):
+    @task(name="batches", bind=True, autoretry_for=(TransientError,), default_retry_delay=0)
+    def batches(self, request):
+        insert(request, 1 + self.request.retries)
+        commit(request, 0)
+        if not self.request.retries:
+            raise TransientError
+
+    app = make_outbox(database, batches, **options)
+    send(app, batches)
+    run_all(app, twice=True)
+
+    assert numbers(database) == [1, 2]
+    assert rows_of(app) == []
+
+
+def test_a_process_that_dies_after_a_commit_of_its_function_leaves_a_dead_letter(
+    make_outbox, database, rows_of, options
+):
+    @task(name="dying")
+    def dying(request):
+        insert(request, 1)
+        commit(request, 0)
+        insert(request, 2)
+        raise SystemExit
+
+    app = make_outbox(database, dying, **options)
+    send(app, dying)
+    (message,) = app.sent()
+    with pytest.raises(SystemExit):
+        run_as_worker(app.celery, publication_of(message), {})
+    with pytest.raises(Duplicate):
+        run_as_worker(app.celery, publication_of(message), {})
+
+    (rest,) = rows_of(app)
+    assert rest.due_at is not None
+    deliveries = Deliveries(app.celery.outbox)
+    deliveries.all_due()
+    assert deliveries.take(10, lambda _queue: 0).publications == []
+    (rest,) = rows_of(app)
+    assert rest.due_at is None
+    assert "committed by itself" in rest.error
+    assert app.celery.outbox.publication_of(rest).task_name == "dying"
+    assert numbers(database) == [1]
+
+
+def test_a_run_that_outlives_its_lease_after_a_commit_of_its_own_ends(
+    make_outbox, database, rows_of, run_all, options
+):
+    @task(name="long")
+    def long(request):
+        insert(request, 1)
+        commit(request, 0)
+        deliveries = Deliveries(app.celery.outbox)
+        deliveries.all_due()
+        deliveries.take(10, lambda _queue: 0)
+        (row,) = rows_of(app)
+        assert row.due_at is None
+        insert(request, 2)
+
+    app = make_outbox(database, long, **options)
+    send(app, long)
+    run_all(app)
+
+    assert numbers(database) == [1, 2]
+    assert rows_of(app) == []
+
+
+def test_a_chain_goes_on_once_after_a_commit_of_the_function(
+    make_outbox, database, rows_of, run_all, options
+):
+    app = make_outbox(database, work, write, follow, **options)
+    send(app, work, "commit", "return", link=follow.si(None, 9))
+    run_all(app, twice=True)
+
+    assert numbers(database) == [1, 2, 3, 4, 9]
+    assert rows_of(app) == []
+
+
+def test_a_run_whose_claim_was_given_back_by_an_abort_ends_as_a_duplicate_of_another(
+    make_outbox, postgres, rows_of, run_all, options
+):
+    messages, runs = [], []
+
+    @task(name="aborting")
+    def aborting(request):
+        runs.append(request)
+        if len(runs) > 1:  # the other one
+            insert(request, 1)
+            return
+        abort(request, 0)
+        insert(request, 2)
+        run_as_worker(app.celery, publication_of(messages[0]), {})
+
+    app = make_outbox(postgres, aborting, **options)
+    send(app, aborting)
+    messages += app.sent()
+    with pytest.raises(Duplicate):
+        run_as_worker(app.celery, publication_of(messages[0]), {})
+
+    assert len(runs) == 2
+    assert numbers(postgres) == [1]
+    assert rows_of(app) == []
