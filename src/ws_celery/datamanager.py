@@ -101,6 +101,8 @@ class DispatchDataManager:
     def _after_commit(self, committed: bool) -> None:
         if committed and self.publications:
             with _told_to_caller():
+                if self.journal is not None:
+                    self.journal.write_late()
                 self._app.publish(list(self.publications))
 
     def abort(self, txn: Any) -> None:
