@@ -184,6 +184,21 @@ def test_a_task_is_sent_although_the_first_one_was_rolled_back(app):
     assert [message.args for message in app.sent()] == [[2]]
 
 
+def test_savepoints_count_after_the_first_task_was_rolled_back(app):
+    transaction.begin()
+    savepoint = transaction.savepoint()
+    add.delay(1)
+    savepoint.rollback()
+    add.delay(2)
+    later = transaction.savepoint()
+    add.delay(3)
+    later.rollback()
+    add.delay(4)
+    transaction.commit()
+
+    assert [message.args for message in app.sent()] == [[2], [4]]
+
+
 def test_a_savepoint_can_be_rolled_back_twice(app):
     transaction.begin()
     savepoint = transaction.savepoint()
