@@ -122,7 +122,7 @@ class RequestAwareTask(Task):
             held.ensure()
 
     def _abandon_leftovers(self) -> None:
-        """Abort what something else in this thread has begun and not finished."""
+        """Abort what something else in this thread has opened and not finished."""
         self.app.transactions.watch(transaction.manager, begun=False)
         if not self.request.is_eager:
             transaction.abort()

@@ -58,6 +58,11 @@ class TransactionalTask(RequestAwareTask):
             )
         return bound
 
+    def _abandon_leftovers(self) -> None:
+        super()._abandon_leftovers()
+        if self.request.is_eager and self.app.transactions.begun(transaction.manager) is None:
+            transaction.abort()  # a session of the thread that had joined would not commit
+
     def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._abandon_leftovers()
         attempts_left = retry_attempts(self.app.registry.settings)
