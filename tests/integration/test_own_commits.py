@@ -7,6 +7,7 @@ import json
 
 import pytest
 import transaction
+from pyramid.response import Response
 from tests.notes import follow, insert, write
 from transaction.interfaces import TransientError
 
@@ -346,3 +347,70 @@ def test_a_run_whose_claim_was_given_back_by_an_abort_ends_as_a_duplicate_of_ano
     assert len(runs) == 2
     assert numbers(postgres) == [1]
     assert rows_of(app) == []
+
+
+# Views
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+@pytest.mark.parametrize("how", ["commit", "abort"])
+def test_what_a_view_dispatches_after_a_commit_or_abort_of_its_own_has_a_row(
+    make_outbox, database, rows_of, options, how, doomed
+):
+    def view(request):
+        write.delay(request, 1)
+        {"commit": commit, "abort": abort}[how](request, 0)
+        write.delay(request, 2)
+        if doomed:
+            request.tm.doom()
+        return Response("done")
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+
+    app = make_outbox(database, write, setup=setup, **options)
+    app.web.get("/")
+
+    messages = app.sent()
+    right = ([[1]] if how == "commit" else []) + ([] if doomed else [[2]])
+    assert sorted(message.args for message in messages) == right
+    assert {str(row.id) for row in rows_of(app)} == {
+        message.headers["ws_celery_outbox"] for message in messages
+    }
+
+
+def test_what_a_hook_after_an_abort_dispatches_is_sent_at_once_and_has_no_row(
+    make_outbox, sqlite, rows_of, options
+):
+    app = make_outbox(sqlite, write, **options)
+    request = app.request()
+    request.tm.begin()
+    write.delay(request, 1)
+    request.tm.get().addAfterAbortHook(write.delay, (request, 2))
+    request.tm.abort()
+
+    (message,) = app.sent()
+    assert message.args == [2]
+    assert "ws_celery_outbox" not in message.headers
+    assert rows_of(app) == []
+
+
+@pytest.mark.parametrize("kind", ["postgres", "sqlite", "mariadb"])
+def test_a_function_that_rolls_back_its_session_itself_fails_and_has_no_effect(
+    request, make_outbox, rows_of, run_all, options, kind
+):
+    @task(name="rolling_back")
+    def rolling_back(request):
+        insert(request, 1)
+        request.dbsession.rollback()  # the claim, too, behind the back of the transaction
+        insert(request, 2)
+
+    database = request.getfixturevalue(kind)
+    app = make_outbox(database, rolling_back, **options)
+    send(app, rolling_back)
+    ended = run_all(app, twice=True)
+
+    assert ended == ["ResourceClosedError", "Duplicate"]
+    assert numbers(database) == []
+    assert [row.due_at for row in rows_of(app)] == [None]
