@@ -9,7 +9,7 @@ import transaction
 from transaction.interfaces import IDataManager, ISynchronizer, NoTransaction
 from zope.interface import implementer
 
-from ws_celery.datamanager import DispatchDataManager
+from ws_celery.datamanager import DispatchDataManager, ThreadsDispatches
 from ws_celery.dispatch import RecordingProducer, held_publications, is_immediate
 from ws_celery.sessions import open_session, open_transactions, tell_rollbacks
 
@@ -143,6 +143,7 @@ class Transactions:
     def __init__(self) -> None:
         # Strong references: a manager keeps its synchronizers weakly.
         self._watchers: WeakKeyDictionary[Any, _Watcher] = WeakKeyDictionary()
+        self._of_this_thread = ThreadsDispatches()
 
     def watch(self, manager: Any, *, begun: bool) -> _Watcher:
         """Watch ``manager`` from now on.
@@ -204,23 +205,24 @@ class Transactions:
             return RecordingProducer(app.producer_pool.connections.connection, held)
         if is_immediate() or (txn := self.current(request)) is None:
             return None
-        return _recorder(app, request, _data_manager(app, txn))
+        return _recorder(app, request, self._data_manager(app, txn))
+
+    def _data_manager(self, app: Any, txn: Any) -> DispatchDataManager:
+        try:
+            found: DispatchDataManager | None = txn.data(app)
+        except KeyError:
+            found = None
+        if found is None:
+            found = DispatchDataManager(app, txn)
+            txn.set_data(app, found)
+            if txn is self.begun(transaction.manager):
+                self._of_this_thread.hold(found.publications)
+        return found
 
 
 def remember_transaction(request: Any, manager: Any) -> None:
     """Let threads that are handed the request find the transaction that it was received in."""
     request.environ[_RECEIVED_IN] = _of_this_thread(manager), ref(manager.get())
-
-
-def _data_manager(app: Any, txn: Any) -> DispatchDataManager:
-    try:
-        found: DispatchDataManager | None = txn.data(app)
-    except KeyError:
-        found = None
-    if found is None:
-        found = DispatchDataManager(app, txn)
-        txn.set_data(app, found)
-    return found
 
 
 def _recorder(app: Any, request: Any, data_manager: DispatchDataManager) -> RecordingProducer:

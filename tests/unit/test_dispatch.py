@@ -356,6 +356,58 @@ def test_a_thread_that_has_kept_the_request_does_not_meet_the_next_transaction(v
     assert app.names() == ["add"]
 
 
+def implicitly():
+    transaction.get()
+    add.delay(1)
+
+
+def unfinished():
+    transaction.begin()
+    add.delay(1)
+
+
+def committed():
+    with transaction.manager:
+        add.delay(1)
+
+
+def aborted():
+    transaction.begin()
+    add.delay(1)
+    transaction.abort()
+
+
+@pytest.mark.parametrize(
+    ("call", "sent", "told"),
+    [
+        (implicitly, 0, 1),
+        (unfinished, 0, 1),
+        (committed, 1, 0),
+        (aborted, 0, 0),
+        (lambda: (aborted(), committed()), 1, 0),
+        (lambda: (committed(), unfinished()), 1, 1),
+    ],
+)
+def test_a_thread_that_ends_in_the_middle_of_its_transaction_says_what_is_not_sent(
+    app, caplog, call, sent, told
+):
+    in_a_thread(call)
+
+    assert len(app.names()) == sent
+    warnings = [each for each in caplog.messages if "nobody has committed" in each]
+    assert len(warnings) == told
+    assert all("not sent: add. Dispatch in" in each for each in warnings)
+
+
+def test_a_thread_that_is_handed_a_request_leaves_its_transaction_to_others(visit, caplog):
+    def view(request):
+        in_a_thread(add.delay, request, 1)
+        return Response("done")
+
+    assert visit(view).names() == ["add"]
+    assert "nobody has committed" not in caplog.text
+
+
 # At once, on purpose
 
 
