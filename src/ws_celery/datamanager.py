@@ -80,7 +80,7 @@ def _tell_unfinished(held: list[list[Publication]]) -> None:
     names = [str(each.task_name) for found in held for each in found if each.task_id]
     if names:
         log.warning(
-            "A thread has ended, and nobody has committed or aborted its transaction; not sent: %s. "
+            "A thread has ended, and nobody has committed its transaction; not sent: %s. "
             "Dispatch in `with transaction.manager:`, or pass a request whose transaction is open",
             ", ".join(names),
         )

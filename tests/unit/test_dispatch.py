@@ -18,6 +18,7 @@ from zope.interface.verify import verifyObject
 from ws_celery import immediately, task
 from ws_celery.app import PyramidCelery
 from ws_celery.interfaces import ICeleryApp
+from ws_celery.shell import open_transaction
 
 
 @task(name="add")
@@ -603,6 +604,20 @@ def test_after_a_request_an_implicit_transaction_is_waited_for_no_more(visit):
     add.delay(kept[0], 2)
 
     assert app.names() == ["add"]
+
+
+def test_what_follows_a_commit_by_hand_in_a_shell_waits_for_the_shell(app):
+    env = {"request": app.request()}
+    with open_transaction(env):
+        transaction.commit()
+        add.delay(env["request"], 1)
+        assert app.names() == []
+        env["commit"]()
+        assert app.names() == ["add"]
+        transaction.commit()
+        add.delay(env["request"], 2)
+
+    assert app.names() == []
 
 
 # Events travel along
