@@ -9,6 +9,7 @@ import pytest
 import transaction
 from pyramid.response import Response
 from tests.notes import follow, insert, write
+from tests.waiting import wait_for
 from transaction.interfaces import TransientError
 
 from ws_celery import task
@@ -347,6 +348,22 @@ def test_a_run_whose_claim_was_given_back_by_an_abort_ends_as_a_duplicate_of_ano
     assert len(runs) == 2
     assert numbers(postgres) == [1]
     assert rows_of(app) == []
+
+
+def test_a_worker_retries_and_buries_what_comes_after_a_commit_of_the_function(
+    make_outbox, postgres, rows_of, start_worker
+):
+    app = make_outbox(postgres, work, write)
+    send(app, work, "commit", "retry")
+    start_worker(app)
+    wait_for(lambda: rows_of(app) == [])
+    assert numbers(postgres) == [1, 2, 11, 12, 13, 14]
+
+    postgres.execute("DELETE FROM notes")
+    send(app, work, "commit", "raise")
+    wait_for(lambda: [row.due_at for row in rows_of(app)] == [None] and len(numbers(postgres)) == 2)
+    assert numbers(postgres) == [1, 2]
+    assert "no such thing" in rows_of(app)[0].error
 
 
 # Views
