@@ -81,10 +81,12 @@ class _Watcher:
         self._begun = ref(txn)
 
     def beforeCompletion(self, txn: Any) -> None:  # noqa: N802 - the name is the interface's
+        if txn.status not in ("Active", "Doomed"):
+            return  # its commit has failed, so that nobody can join it
         own = self._own_commits if self.is_active() else None
         if own is not None:
             own.before_completion(txn)
-        if txn.status in ("Active", "Doomed") and (own or any(txn.getAfterAbortHooks())):
+        if own is not None or any(txn.getAfterAbortHooks()):
             txn.join(_Completion(self, own))
 
     def afterCompletion(self, txn: Any) -> None:  # noqa: N802 - the name is the interface's

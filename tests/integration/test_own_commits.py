@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import suppress
 
 import pytest
 import transaction
@@ -272,7 +273,7 @@ def test_a_process_that_dies_after_a_commit_of_its_function_leaves_a_dead_letter
         raise SystemExit
 
     app = make_outbox(database, dying, **options)
-    send(app, dying)
+    send(app, dying, expires=3600)
     (message,) = app.sent()
     with pytest.raises(SystemExit):
         run_as_worker(app.celery, publication_of(message), {})
@@ -281,6 +282,7 @@ def test_a_process_that_dies_after_a_commit_of_its_function_leaves_a_dead_letter
 
     (rest,) = rows_of(app)
     assert rest.due_at is not None
+    assert rest.expires is None  # or the relay would delete it
     deliveries = Deliveries(app.celery.outbox)
     deliveries.all_due()
     assert deliveries.take(10, lambda _queue: 0).publications == []
@@ -289,6 +291,63 @@ def test_a_process_that_dies_after_a_commit_of_its_function_leaves_a_dead_letter
     assert "committed by itself" in rest.error
     assert app.celery.outbox.publication_of(rest).task_name == "dying"
     assert numbers(database) == [1]
+
+
+class _Refusing:
+    """A data manager that votes no."""
+
+    transaction_manager = None
+
+    def tpc_vote(self, txn):
+        raise LookupError("no")
+
+    def abort(self, txn):
+        pass
+
+    tpc_begin = commit = tpc_finish = tpc_abort = abort
+
+    def sortKey(self):  # noqa: N802
+        return "refusing"
+
+
+def commit_twice(request, _number):
+    commit(request, 0)
+    commit(request, 0)
+
+
+def commit_nothing(request, _number):
+    abort(request, 0)
+    commit(request, 0)
+
+
+def commit_in_vain(request, _number):
+    request.tm.get().join(_Refusing())
+    with suppress(LookupError):
+        request.tm.commit()
+    abort(request, 0)
+
+
+@pytest.mark.parametrize(
+    ("deed", "right"),
+    [(commit_twice, [1, 2, 3]), (commit_nothing, [2, 3]), (commit_in_vain, [2, 3])],
+)
+def test_a_function_may_go_on_after_commits_of_its_own(
+    make_outbox, database, rows_of, run_all, options, deed, right
+):
+    @task(name="going_on")
+    def going_on(request):
+        insert(request, 1)
+        deed(request, 0)
+        insert(request, 2)
+        commit(request, 0)
+        insert(request, 3)
+
+    app = make_outbox(database, going_on, **options)
+    send(app, going_on)
+    run_all(app, twice=True)
+
+    assert numbers(database) == right
+    assert rows_of(app) == []
 
 
 def test_a_run_that_outlives_its_lease_after_a_commit_of_its_own_ends(
@@ -409,6 +468,27 @@ def test_what_a_hook_after_an_abort_dispatches_is_sent_at_once_and_has_no_row(
 
     (message,) = app.sent()
     assert message.args == [2]
+    assert "ws_celery_outbox" not in message.headers
+    assert rows_of(app) == []
+
+
+def test_what_a_hook_of_a_view_s_own_commit_dispatches_is_sent_at_once_and_has_no_row(
+    make_outbox, sqlite, rows_of, options
+):
+    def view(request):
+        request.tm.get().addAfterCommitHook(lambda _: write.delay(request, 1))
+        commit(request, 0)
+        request.tm.doom()
+        return Response("done")
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+
+    app = make_outbox(sqlite, write, setup=setup, **options)
+    app.web.get("/")
+
+    (message,) = app.sent()
     assert "ws_celery_outbox" not in message.headers
     assert rows_of(app) == []
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transaction
+from pyramid.request import Request
 from pyramid.response import Response
 from transaction.interfaces import (
     IDataManagerSavepoint,
@@ -587,6 +588,44 @@ def test_a_hook_of_what_a_view_has_ended_is_outside_of_the_next_transaction(visi
         return Response("done")
 
     assert visit(view).names() == ["add"]
+
+
+def test_a_hook_of_a_commit_of_a_view_that_fails_is_outside_of_it(visit):
+    def view(request):
+        request.tm.get().addAfterCommitHook(lambda committed: committed or add.delay(1))
+        request.tm.get().join(Refusing())
+        with pytest.raises(RuntimeError, match="no"):
+            request.tm.commit()
+        request.tm.abort()
+        if request.tm is not transaction.manager:
+            request.tm.begin()
+        request.tm.doom()
+        return Response("done")
+
+    assert visit(view).names() == ["add"]
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+def test_what_follows_a_subrequest_with_a_transaction_of_its_own_waits_for_the_view(
+    make_app, doomed
+):
+    def view(request):
+        request.invoke_subrequest(Request.blank("/inner"), use_tweens=True)
+        add.delay(1)
+        if doomed:
+            request.tm.doom()
+        return Response("done")
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+        config.add_route("inner", "/inner")
+        config.add_view(lambda _request: Response("inner"), route_name="inner")
+
+    app = make_app(add, setup=setup)
+    app.web.get("/")
+
+    assert app.names() == ([] if doomed else ["add"])
 
 
 def test_after_a_request_an_implicit_transaction_is_waited_for_no_more(visit):
