@@ -138,6 +138,8 @@ def _watch_transactions(event: NewRequest) -> None:
     app = get_celery_app(event.request)
     app.transactions.watch(transaction.manager, begun=begun)
     if manager := environ.get("tm.manager"):
+        if environ.get("tm.active"):
+            app.transactions.manage(manager, event.request)
         with suppress(NoTransaction):
             manager.get().set_data(ICeleryApp, app)  # see current_celery_app()
             remember_transaction(event.request, manager)

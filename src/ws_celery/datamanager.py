@@ -9,14 +9,16 @@ import logging
 from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import local
 from typing import Any
+from weakref import finalize
 
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
 from ws_celery.dispatch import Publication, RecordingProducer
 
-__all__ = ("DispatchDataManager", "raising_interruptions")
+__all__ = ("DispatchDataManager", "ThreadsDispatches", "raising_interruptions")
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,34 @@ def _told_to_caller() -> Iterator[None]:
             log.exception("The transaction has committed, but what follows it has failed")
         else:
             raise
+
+
+class ThreadsDispatches(local):
+    """What this thread has dispatched in its transactions; tells what its end leaves unfinished."""
+
+    def __init__(self) -> None:
+        self._held: list[list[Publication]] = []
+        self._end = _End()
+        finalize(self._end, _tell_unfinished, self._held)
+
+    def hold(self, publications: list[Publication]) -> None:
+        """Keep a list that is emptied when its transaction commits or aborts."""
+        self._held[:] = [each for each in self._held if each]
+        self._held.append(publications)
+
+
+class _End:
+    """Goes with the thread, at once: a transaction waits for the garbage collector."""
+
+
+def _tell_unfinished(held: list[list[Publication]]) -> None:
+    names = [str(each.task_name) for found in held for each in found if each.task_id]
+    if names:
+        log.warning(
+            "A thread has ended, and nobody has committed its transaction; not sent: %s. "
+            "Dispatch in `with transaction.manager:`, or pass a request whose transaction is open",
+            ", ".join(names),
+        )
 
 
 @implementer(IDataManagerSavepoint)
@@ -99,9 +129,13 @@ class DispatchDataManager:
             log.debug("dispatch during the commit of %r", txn)
 
     def _after_commit(self, committed: bool) -> None:
-        if committed and self.publications:
+        publications = list(self.publications)
+        self.publications.clear()
+        if committed and publications:
             with _told_to_caller():
-                self._app.publish(list(self.publications))
+                if self.journal is not None:
+                    self.journal.write_late()
+                self._app.publish(publications)
 
     def abort(self, txn: Any) -> None:
         self.publications.clear()

@@ -33,7 +33,7 @@ from ws_celery.exceptions import NotRunYet, TaskNotRegistered
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("EagerWorker", "MemoryBackend", "perform", "received")
+__all__ = ("EagerWorker", "MemoryBackend", "manager_of_its_own", "perform", "received")
 
 
 class EagerWorker:
@@ -164,11 +164,20 @@ def perform(app: PyramidCelery, request: WorkerRequest) -> Any:
 def _as_in_a_process_of_its_own(registry: Registry) -> Iterator[None]:
     # No request of the caller is current, and its transaction is out of reach: a run cleans up the
     # manager of its thread, and could not begin one in the after-commit hook of another.
-    manager = transaction.manager.manager
     threadlocals.push({"request": None, "registry": registry})
+    try:
+        with manager_of_its_own():
+            yield
+    finally:
+        threadlocals.pop()
+
+
+@contextmanager
+def manager_of_its_own() -> Iterator[None]:
+    """Let this thread have another transaction manager, so that no transaction is open in it."""
+    manager = transaction.manager.manager
     transaction.manager.manager = transaction.TransactionManager()
     try:
         yield
     finally:
         transaction.manager.manager = manager
-        threadlocals.pop()

@@ -68,6 +68,7 @@ class _Transaction:
     def begin(self) -> None:
         # As pyramid_tm marks a request, for add-ons that ask.
         self._request.environ.update({"tm.active": True, "tm.manager": self._manager})
+        self._app.transactions.manage(self._manager, self._request)
         self._manager.begin().set_data(ICeleryApp, self._app)  # see current_celery_app()
 
     def commit(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ from celery import Task
 from celery.exceptions import Ignore
 from celery.result import GroupResult
 from celery.utils.functional import head_from_fun
+from transaction.interfaces import NoTransaction
 
 from ws_celery.bulk import apply_async_many
 from ws_celery.dispatch import ROW_HEADER, Publication, holding, immediately
+from ws_celery.eager import manager_of_its_own
 from ws_celery.locks import rule_of
 from ws_celery.request import (
     HEADER,
@@ -120,22 +122,33 @@ class RequestAwareTask(Task):
             held.ensure()
 
     def _abandon_leftovers(self) -> None:
-        """Abort what an earlier run in this thread has begun and not finished."""
-        transactions = self.app.transactions
-        transactions.watch(transaction.manager, begun=False)
-        if not self.request.is_eager and transactions.begun(transaction.manager) is not None:
+        """Abort what something else in this thread has opened and not finished."""
+        self.app.transactions.watch(transaction.manager, begun=False)
+        if not self.request.is_eager:
             transaction.abort()
 
     @contextmanager
     def _task_request(self) -> Iterator[Any]:
+        """Make the request of a run; abort what is open when it is over, begun or not."""
         description = description_of(self.request)
         caller = calling_request()
         if description is None and self.request.is_eager and caller is not None:
             description = self.app.propagation.describe(caller)
-        with task_request(self.app.registry, self.app.propagation, description or {}) as request:
-            if (held := getattr(self.request, "one_instance", None)) is not None:
-                request.one_instance = held
-            yield request
+        # An eager run must not meet the transaction of its caller, which is not ours to abort.
+        with manager_of_its_own() if self.request.is_eager else nullcontext():
+            managers = [transaction.manager]
+            try:
+                with task_request(
+                    self.app.registry, self.app.propagation, description or {}
+                ) as request:
+                    managers.append(getattr(request, "tm", transaction.manager))
+                    if (held := getattr(self.request, "one_instance", None)) is not None:
+                        request.one_instance = held
+                    yield request
+            finally:
+                for manager in managers:
+                    with suppress(NoTransaction):
+                        manager.abort()
 
     def apply_async(
         self, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any

@@ -8,6 +8,7 @@ from typing import Any
 
 import transaction
 from celery.exceptions import Ignore
+from transaction.interfaces import NoTransaction
 
 from ws_celery.conflicts import is_conflict
 from ws_celery.datamanager import raising_interruptions
@@ -57,6 +58,11 @@ class TransactionalTask(RequestAwareTask):
             )
         return bound
 
+    def _abandon_leftovers(self) -> None:
+        super()._abandon_leftovers()
+        if self.request.is_eager and self.app.transactions.begun(transaction.manager) is None:
+            transaction.abort()  # a session of the thread that had joined would not commit
+
     def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._abandon_leftovers()
         attempts_left = retry_attempts(self.app.registry.settings)
@@ -64,7 +70,7 @@ class TransactionalTask(RequestAwareTask):
         while True:
             attempts_left -= 1
             with raising_interruptions(), self._task_request() as request:
-                manager = self._begin(request)
+                manager = self._begin(request, claim)
                 self.request.update(
                     ws_celery_manager=manager,
                     ws_celery_attempts=attempts_left,
@@ -77,6 +83,8 @@ class TransactionalTask(RequestAwareTask):
                         raise  # it has committed
                     conflict = is_conflict(manager, error)
                     cut_off = claim is not None and claim.is_cut_off(error)
+                    if claim is not None and claim.has_committed:
+                        conflict = cut_off = False  # a run in place would have its effect again
                     self._abort(manager, request)
                     retries = self._take_retries()
                     if not (conflict or cut_off):
@@ -135,10 +143,11 @@ class TransactionalTask(RequestAwareTask):
 
     def _abort(self, manager: Any, request: Any) -> None:
         _deactivate(request)
-        manager.abort()
+        with suppress(NoTransaction):  # the function has ended it
+            manager.abort()
         self.request.ws_celery_manager = None
 
-    def _begin(self, request: Any) -> Any:
+    def _begin(self, request: Any, claim: Any) -> Any:
         manager = getattr(request, "tm", None)
         if manager is None:
             manager = transaction.manager
@@ -147,6 +156,7 @@ class TransactionalTask(RequestAwareTask):
             manager = request.tm = transaction.TransactionManager(explicit=True)
         # As pyramid_tm marks a request, for add-ons that ask.
         request.environ.update({"tm.active": True, "tm.manager": manager})
+        self.app.transactions.manage(manager, request, claim)
         manager.begin().set_data(ICeleryApp, self.app)  # see current_celery_app()
         return manager
 
@@ -178,24 +188,35 @@ class TransactionalTask(RequestAwareTask):
         """Commit, or abort what is doomed; what follows the run commits with the claim."""
         self._ensure_lock()
         retries, replacement = self._take_retries(), self.request.ws_celery_replacement
-        if manager.isDoomed():
-            _deactivate(request)
-            manager.abort()
-            if retries:
-                self._send_retries(retries)
-                claim, retries = None, []  # its row is theirs
-            if not replacement and (claim is None or follow_up is None):
-                return
+        if _is_ended(manager):
+            self._begin(request, claim)
+        if not manager.isDoomed():
+            # A function that has caught the Retry goes on: another dispatch of this commit.
+            self._commit(manager, request, claim, [*retries, *replacement], follow_up)
+            return
+        _deactivate(request)
+        manager.abort()
+        if retries:
+            self._send_retries(retries)
+            claim = None  # its row is theirs
+        if replacement or (claim is not None and follow_up is not None):
             # Without its effect, but once: what follows it is a dispatch.
-            manager = self._begin(request)
-            if claim is not None:
-                claim.begin(request, manager.get())
-        # A function that has caught the Retry goes on: another dispatch of this commit.
-        self._dispatch(request, [*retries, *replacement])
+            manager = self._begin(request, claim)
+            self._commit(manager, request, claim, replacement, follow_up)
+
+    def _commit(
+        self,
+        manager: Any,
+        request: Any,
+        claim: Any,
+        publications: list[Publication],
+        follow_up: Callable[[], None] | None,
+    ) -> None:
+        self._dispatch(request, publications)
         if claim is not None:
             if follow_up is not None:
                 follow_up()
-            claim.end(request, manager.get())
+            claim.end(manager.get())
         _deactivate(request)
         manager.commit()
         if claim is not None:
@@ -205,7 +226,7 @@ class TransactionalTask(RequestAwareTask):
         recorder = self.app.transactions.recorder(self.app, request) if publications else None
         if recorder is not None:
             recorder.record(publications)
-        elif publications:  # the function has ended the transaction of its run
+        elif publications:  # inside of immediately()
             self.app.publish(publications)
 
 
@@ -221,6 +242,15 @@ def retry_attempts(settings: Any) -> int:
     raise ConfigurationError(
         f"retry.attempts = {value!r} is not a number of attempts. Write 1 or more, such as 3."
     )
+
+
+def _is_ended(manager: Any) -> bool:
+    """Tell whether the function has ended the transaction of an explicit manager, and no more."""
+    try:
+        manager.get()
+    except NoTransaction:
+        return True
+    return False
 
 
 def _deactivate(request: Any) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import transaction
 import zope.sqlalchemy
+from celery import Task
 from kombu.exceptions import EncodeError
 from pyramid.response import Response
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session
 
-from ws_celery import task
+from ws_celery import RequestAwareTask, task
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
 
@@ -55,6 +58,15 @@ def make(request, make_app, database):
     return make
 
 
+def call_as_worker(registered, args=()):
+    """Run a task as a worker does: not eagerly, in no transaction."""
+    registered.push_request(id="id", called_directly=False, is_eager=False, args=args, kwargs={})
+    try:
+        return registered(*args)
+    finally:
+        registered.request_stack.pop()
+
+
 # Tasks
 
 
@@ -80,6 +92,52 @@ def test_a_task_that_fails_leaves_nothing_for_the_next_one_to_commit(make, datab
     assert database.notes() == ["note 2"]
 
 
+@task(name="careless", base=RequestAwareTask)
+def careless(request, how):
+    """Leave a transaction open, in the manager of the thread."""
+    request.dbsession.add(Note(id=1, text="note 1"))
+    request.dbsession.flush()
+    if how == "fail":
+        raise LookupError("no such thing")
+
+
+@task(name="reading", base=RequestAwareTask)
+def reading(request):
+    sessions.append(request.dbsession)
+    return request.dbsession.query(Note).count()
+
+
+@task(name="committing", base=RequestAwareTask)
+def committing(request):
+    transaction.commit()
+
+
+sessions = []
+
+
+@pytest.mark.parametrize("call", [call_as_worker, Task.apply])
+@pytest.mark.parametrize("how", ["return", "fail"])
+def test_what_a_run_without_a_transaction_leaves_open_is_not_committed_by_the_next(
+    make_app, database, call, how
+):
+    app = make_app(careless, committing, setup=database.includeme)
+    with suppress(LookupError):
+        call(app.celery.tasks["careless"], (how,))
+    call(app.celery.tasks["committing"])
+
+    assert database.notes() == []
+
+
+@pytest.mark.parametrize("call", [call_as_worker, Task.apply])
+def test_a_run_without_a_transaction_that_reads_gives_its_connection_back(make_app, postgres, call):
+    app = make_app(reading, setup=postgres.includeme)
+    sessions.clear()
+    call(app.celery.tasks["reading"])
+
+    assert postgres.engine.pool.checkedout() == 0
+    assert not sessions.pop().in_transaction()
+
+
 def test_a_commit_that_the_database_refuses_is_a_failure_of_the_task(make, database):
     app = make()
     database.execute("INSERT INTO notes VALUES (1, 'taken')")
@@ -102,7 +160,8 @@ def test_a_task_in_place_commits_with_its_caller(make, database):
     assert database.notes() == ["note 1"]
 
 
-def test_a_task_commits_although_the_thread_had_a_transaction_open(make_app, database):
+@pytest.mark.parametrize("call", [call_as_worker, Task.apply])
+def test_a_task_commits_although_the_thread_had_a_transaction_open(make_app, database, call):
     """As when an application with a session of the thread reads its database while it starts."""
     session = scoped_session(database.sessions)
     zope.sqlalchemy.register(session)
@@ -113,19 +172,10 @@ def test_a_task_commits_although_the_thread_had_a_transaction_open(make_app, dat
 
     app = make_app(write_by_thread)
     session.query(Note).all()
-    call_as_worker(app.celery.tasks["write_by_thread"])
+    call(app.celery.tasks["write_by_thread"])
     transaction.abort()
 
     assert database.notes() == ["note 1"]
-
-
-def call_as_worker(registered, *args):
-    """Run a task as a worker does: not eagerly, in no transaction."""
-    registered.push_request(id="id", called_directly=False, is_eager=False, args=args, kwargs={})
-    try:
-        return registered(*args)
-    finally:
-        registered.request_stack.pop()
 
 
 # Requests

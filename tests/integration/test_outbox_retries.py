@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import transaction
 from celery import Task, chord
-from celery.exceptions import Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry
 from pyramid.threadlocal import RequestContext
 from tests.notes import dispatch, insert, write
 from tests.waiting import SOON, wait_for
@@ -41,9 +41,11 @@ def swallowing_all(self, request, how, number=0):
     for each in (1, 2, 3):
         with suppress(Retry):
             self.retry(args=(how, each), countdown=0)
-    if how == "doom":
+    if how.startswith("doom"):
         request.tm.doom()
-    elif how == "fail":
+    if how == "doom and ignore":
+        raise Ignore
+    if how == "fail":
         raise LookupError
 
 
@@ -193,7 +195,7 @@ def test_a_retry_that_a_doomed_run_catches_is_sent(app, start_worker, database, 
     assert rows_of(app) == []
 
 
-@pytest.mark.parametrize("how", ["go on", "doom", "fail"])
+@pytest.mark.parametrize("how", ["go on", "doom", "doom and ignore", "fail"])
 def test_all_retries_that_the_function_catches_are_sent(app, start_worker, database, rows_of, how):
     dispatch(app, swallowing_all, how)
     assert len(rows_of(app)) == 1

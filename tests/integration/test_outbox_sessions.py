@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transaction
 import zope.sqlalchemy
-from sqlalchemy import text
+from sqlalchemy import event, text
 from transaction import TransactionManager
 
 from ws_celery import task
@@ -90,17 +90,17 @@ class _Late:
 
     transaction_manager = None
 
-    def __init__(self, call):
-        self._call = call
+    def __init__(self, call, when="commit"):
+        self._calls = {when: call}
 
     def tpc_begin(self, txn):
         pass
 
     def commit(self, txn):
-        self._call()
+        self._calls.get("commit", bool)()
 
     def tpc_vote(self, txn):
-        pass
+        self._calls.get("tpc_vote", bool)()
 
     def abort(self, txn):
         pass
@@ -122,6 +122,71 @@ def test_a_dispatch_in_the_middle_of_the_commit_is_refused(make_outbox, database
 
     transaction.abort()
     assert rows_of(app) == app.sent() == []
+
+
+@pytest.fixture(params=["postgres", "sqlite", "mariadb in two phases"])
+def committing(request):
+    """A database whose sessions commit in one phase, or in two."""
+    kind, _, phases = request.param.partition(" in ")
+    found = request.getfixturevalue(kind)
+    found.sessions.configure(twophase=bool(phases))
+    return found
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+@pytest.mark.parametrize("name", ["after_commit", "after_transaction_end"])
+def test_a_dispatch_when_the_session_has_committed_has_a_row_of_its_own(
+    make_outbox, committing, rows_of, name, earlier
+):
+    app = make_outbox(committing, work)
+    request = app.request()
+    with transaction.manager:
+        for number in range(earlier):
+            work.delay(request, number)
+        session = request.dbsession
+        session.execute(text("INSERT INTO notes VALUES (1, 'written')"))
+        zope.sqlalchemy.mark_changed(session)
+        event.listen(session, name, lambda *_: work.delay(request, 2), once=True)
+
+    assert committing.notes() == ["written"]
+    assert len(rows_of(app)) == earlier + 1
+    assert row_ids(rows_of(app)) == headers(app.sent())
+
+
+def test_a_dispatch_when_the_session_has_committed_is_dropped_if_another_one_does_not(
+    make_outbox, database, rows_of
+):
+    app = make_outbox(database, work)
+    request = app.request()
+
+    def refuse():
+        raise LookupError("no")
+
+    transaction.begin()
+    event.listen(request.dbsession, "after_commit", lambda *_: work.delay(request, 2))
+    zope.sqlalchemy.mark_changed(request.dbsession)
+    transaction.get().join(_Late(refuse, "tpc_vote"))
+    with pytest.raises(LookupError):
+        transaction.commit()
+    transaction.abort()
+
+    assert rows_of(app) == app.sent() == []
+
+
+def test_a_dispatch_when_the_session_has_committed_is_sent_though_its_row_cannot_be_written(
+    make_outbox, database
+):
+    app = make_outbox(database, work)
+    request = app.request()
+
+    with transaction.manager:
+        event.listen(request.dbsession, "after_commit", lambda *_: work.delay(request, 2))
+        zope.sqlalchemy.mark_changed(request.dbsession)
+        app.celery.outbox.table.drop(database.engine)
+
+    (message,) = app.sent()
+    assert message.args == [2]
+    assert "ws_celery_outbox" not in message.headers
 
 
 def test_a_request_whose_own_transaction_is_not_open_is_refused_at_the_call(

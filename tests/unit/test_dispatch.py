@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transaction
+from pyramid.request import Request
 from pyramid.response import Response
 from transaction.interfaces import (
     IDataManagerSavepoint,
@@ -18,6 +19,7 @@ from zope.interface.verify import verifyObject
 from ws_celery import immediately, task
 from ws_celery.app import PyramidCelery
 from ws_celery.interfaces import ICeleryApp
+from ws_celery.shell import open_transaction
 
 
 @task(name="add")
@@ -184,6 +186,21 @@ def test_a_task_is_sent_although_the_first_one_was_rolled_back(app):
     assert [message.args for message in app.sent()] == [[2]]
 
 
+def test_savepoints_count_after_the_first_task_was_rolled_back(app):
+    transaction.begin()
+    savepoint = transaction.savepoint()
+    add.delay(1)
+    savepoint.rollback()
+    add.delay(2)
+    later = transaction.savepoint()
+    add.delay(3)
+    later.rollback()
+    add.delay(4)
+    transaction.commit()
+
+    assert [message.args for message in app.sent()] == [[2], [4]]
+
+
 def test_a_savepoint_can_be_rolled_back_twice(app):
     transaction.begin()
     savepoint = transaction.savepoint()
@@ -302,7 +319,7 @@ def visit(request, make_app):
             config.add_view(view, route_name="home")
 
         hook = {"tm__manager_hook": request.param} if request.param else {}
-        app = make_app(add, setup=setup, **hook)
+        app = make_app(add, other, setup=setup, **hook)
         app.web.get("/")
         return app
 
@@ -339,6 +356,58 @@ def test_a_thread_that_has_kept_the_request_does_not_meet_the_next_transaction(v
     transaction.abort()
 
     assert app.names() == ["add"]
+
+
+def implicitly():
+    transaction.get()
+    add.delay(1)
+
+
+def unfinished():
+    transaction.begin()
+    add.delay(1)
+
+
+def committed():
+    with transaction.manager:
+        add.delay(1)
+
+
+def aborted():
+    transaction.begin()
+    add.delay(1)
+    transaction.abort()
+
+
+@pytest.mark.parametrize(
+    ("call", "sent", "told"),
+    [
+        (implicitly, 0, 1),
+        (unfinished, 0, 1),
+        (committed, 1, 0),
+        (aborted, 0, 0),
+        (lambda: (aborted(), committed()), 1, 0),
+        (lambda: (committed(), unfinished()), 1, 1),
+    ],
+)
+def test_a_thread_that_ends_in_the_middle_of_its_transaction_says_what_is_not_sent(
+    app, caplog, call, sent, told
+):
+    in_a_thread(call)
+
+    assert len(app.names()) == sent
+    warnings = [each for each in caplog.messages if "nobody has committed" in each]
+    assert len(warnings) == told
+    assert all("not sent: add. Dispatch in" in each for each in warnings)
+
+
+def test_a_thread_that_is_handed_a_request_leaves_its_transaction_to_others(visit, caplog):
+    def view(request):
+        in_a_thread(add.delay, request, 1)
+        return Response("done")
+
+    assert visit(view).names() == ["add"]
+    assert "nobody has committed" not in caplog.text
 
 
 # At once, on purpose
@@ -430,6 +499,162 @@ def test_a_task_called_while_the_transaction_commits_is_not_sent_if_it_fails(app
     transaction.get().join(Refusing())
     with pytest.raises(RuntimeError, match="no"):
         transaction.commit()
+
+    assert app.names() == []
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+def test_a_task_called_in_an_after_abort_hook_is_sent_at_once(app, doomed):
+    transaction.begin()
+    other.delay()
+    transaction.get().addAfterAbortHook(add.delay, (1,))
+    if doomed:
+        transaction.doom()
+    transaction.abort()
+
+    assert app.names() == ["add"]
+
+
+def test_a_task_called_by_a_synchronizer_after_an_abort_is_sent_at_once(make_app):
+    class Synchronizer:
+        def newTransaction(self, txn):  # noqa: N802
+            pass
+
+        beforeCompletion = newTransaction  # noqa: N815
+
+        def afterCompletion(self, txn):  # noqa: N802
+            add.delay(1)
+
+    synchronizer = Synchronizer()
+    transaction.manager.registerSynch(synchronizer)  # before ours, and so called before
+    app = make_app(add)
+    transaction.begin()
+    transaction.abort()
+    transaction.manager.unregisterSynch(synchronizer)
+
+    assert app.names() == ["add"]
+
+
+# Transactions that the function ends itself, while somebody else finishes the last one
+
+
+def end(request, how):
+    getattr(request.tm, how)()
+    if request.tm is not transaction.manager:
+        request.tm.begin()
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+@pytest.mark.parametrize("how", ["commit", "abort"])
+def test_a_view_that_ends_its_transaction_dispatches_with_the_next_one(visit, how, doomed):
+    def view(request):
+        other.delay()
+        end(request, how)
+        add.delay(1)
+        if doomed:
+            request.tm.doom()
+        return Response("done")
+
+    committed = ["other"] if how == "commit" else []
+    assert visit(view).names() == committed + ([] if doomed else ["add"])
+
+
+def test_what_the_last_commit_of_a_view_dispatches_itself_is_not_sent_if_it_fails(make_app):
+    def view(request):
+        transaction.commit()
+        transaction.get().addBeforeCommitHook(add.delay, (1,))
+        transaction.get().join(Refusing())
+        return Response("done")
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+
+    app = make_app(add, setup=setup)
+    with pytest.raises(RuntimeError, match="no"):
+        app.web.get("/")
+
+    assert app.names() == []
+
+
+@pytest.mark.parametrize("how", ["commit", "abort"])
+def test_a_hook_of_what_a_view_has_ended_is_outside_of_the_next_transaction(visit, how):
+    def view(request):
+        end(request, "commit")
+        request.tm.get().addAfterCommitHook(lambda _committed: add.delay(1))
+        request.tm.get().addAfterAbortHook(add.delay, (1,))
+        end(request, how)
+        request.tm.doom()
+        return Response("done")
+
+    assert visit(view).names() == ["add"]
+
+
+def test_a_hook_of_a_commit_of_a_view_that_fails_is_outside_of_it(visit):
+    def view(request):
+        request.tm.get().addAfterCommitHook(lambda committed: committed or add.delay(1))
+        request.tm.get().join(Refusing())
+        with pytest.raises(RuntimeError, match="no"):
+            request.tm.commit()
+        request.tm.abort()
+        if request.tm is not transaction.manager:
+            request.tm.begin()
+        request.tm.doom()
+        return Response("done")
+
+    assert visit(view).names() == ["add"]
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+def test_what_follows_a_subrequest_with_a_transaction_of_its_own_waits_for_the_view(
+    make_app, doomed
+):
+    def view(request):
+        request.invoke_subrequest(Request.blank("/inner"), use_tweens=True)
+        add.delay(1)
+        if doomed:
+            request.tm.doom()
+        return Response("done")
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+        config.add_route("inner", "/inner")
+        config.add_view(lambda _request: Response("inner"), route_name="inner")
+
+    app = make_app(add, setup=setup)
+    app.web.get("/")
+
+    assert app.names() == ([] if doomed else ["add"])
+
+
+def test_after_a_request_an_implicit_transaction_is_waited_for_no_more(visit):
+    kept = []
+
+    def view(request):
+        kept.append(request)
+        end(request, "commit")
+        add.delay(1)
+        return Response("done")
+
+    app = visit(view)
+    assert app.names() == ["add"]
+    transaction.get()
+    add.delay(kept[0], 2)
+
+    assert app.names() == ["add"]
+
+
+def test_what_follows_a_commit_by_hand_in_a_shell_waits_for_the_shell(app):
+    env = {"request": app.request()}
+    with open_transaction(env):
+        transaction.commit()
+        add.delay(env["request"], 1)
+        assert app.names() == []
+        env["commit"]()
+        assert app.names() == ["add"]
+        transaction.commit()
+        add.delay(env["request"], 2)
 
     assert app.names() == []
 

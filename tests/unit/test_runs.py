@@ -827,3 +827,59 @@ def test_a_request_aware_task_may_begin_a_transaction_itself(make_app):
     app.celery.tasks["task"].apply().get()
 
     assert app.names() == ["later"]
+
+
+# What is left over at the end
+
+
+@pytest.fixture(params=["as a worker", "eagerly", "eagerly, in a transaction"])
+def end_of(request, make_app, as_worker, options):
+    """Run a function as a RequestAwareTask; returns the application."""
+
+    def run(function):
+        app = make_app(task(name="task", base=RequestAwareTask)(function), later, **options)
+        registered = app.celery.tasks["task"]
+        if request.param == "as a worker":
+            as_worker(registered)
+        elif request.param == "eagerly":
+            registered.apply()
+        else:
+            with transaction.manager as begun:
+                registered.apply()
+                assert transaction.get() is begun
+        return app
+
+    return run
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("error", [LookupError, None])
+def test_what_is_open_at_the_end_of_a_run_is_aborted(end_of, ledgers, begun, error):
+    def work(request):
+        manager = getattr(request, "tm", transaction.manager)
+        if begun or manager.explicit:
+            manager.begin()
+        ledgers.append(Ledger(manager))
+        if manager is not transaction.manager:
+            ledgers.append(Ledger(transaction.manager))
+        request.add_finished_callback(lambda _: ledgers.append(Ledger(transaction.manager)))
+        if error:
+            raise error
+
+    end_of(work)
+
+    assert set(ends(ledgers)) == {"aborted"}
+
+
+def test_what_is_left_open_by_others_does_not_reach_a_run_without_a_transaction(
+    make_app, as_worker, ledgers
+):
+    @task(name="task", base=RequestAwareTask)
+    def commit(request):
+        transaction.commit()
+
+    app = make_app(commit)
+    ledgers.append(Ledger(transaction.manager))
+    as_worker(app.celery.tasks["task"])
+
+    assert ends(ledgers) == ["aborted"]

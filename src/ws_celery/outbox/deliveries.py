@@ -105,6 +105,8 @@ class Deliveries:
         for row in rows:
             if row.expires is not None and aware(row.expires) <= now:
                 endings[row.id] = None
+            elif row.error is not None:  # the rest of a run that has committed by itself
+                endings[row.id] = row.error
             elif row.deliveries >= most:
                 endings[row.id] = (
                     f"sent {row.deliveries} times by the relay (ws_celery.outbox.max_deliveries), "

@@ -14,7 +14,7 @@ from ws_celery.outbox.message import check_names, times_of
 if TYPE_CHECKING:
     from ws_celery.outbox.store import Outbox
 
-__all__ = ("Journal", "connection_of")
+__all__ = ("Journal", "connection_of", "join")
 
 #: How often the flush of a session may lead to another one.
 _FLUSHES = 100
@@ -36,6 +36,7 @@ class Journal:
         self._written: set[Any] = set()
         self._session: Any = None
         self._hooked = False
+        self._late: list[Publication] = []
 
     def admit(self, publications: Iterable[Publication], request: Any) -> None:
         """Give messages that are to be kept their row.
@@ -55,10 +56,23 @@ class Journal:
             times_of(publication)
             self._outbox.number(publication)
         if self._txn.status == "Committing":
-            self._insert(kept)  # a listener of the flush that the commit itself makes
+            self._admit_late(kept)
         elif not self._hooked:
             self._hooked = True
             self._txn.addBeforeCommitHook(self._flush_and_write)
+
+    def _admit_late(self, publications: list[Publication]) -> None:
+        resources = self._txn._resources  # no public name tells what has joined
+        mine = (each for each in resources if getattr(each, "session", None) is self._session)
+        if any(each.tx.is_active for each in mine):
+            self._insert(publications)  # a listener of the flush that the commit itself makes
+        else:  # a listener of the session's commit, which takes no statement any more
+            self._late += publications
+
+    def write_late(self) -> None:
+        """Write what the session was too late for in a transaction of our own, after the commit."""
+        if self._late:
+            self._outbox.keep_late(self._late)
 
     def _joined(self, request: Any, task: str) -> Any:
         """Return the session of a request, which now belongs to the transaction.
@@ -70,7 +84,7 @@ class Journal:
         manager = getattr(request, "tm", None)
         if manager is not None and self._outbox.app.transactions.begun(manager) is not self._txn:
             raise OutboxDetached(task, "the transaction of its request is not the one that is open")
-        _join(session, self._txn, task)
+        join(session, self._txn, task)
         return session
 
     def _flush_and_write(self) -> None:
@@ -90,6 +104,7 @@ class Journal:
             if isinstance(publication, Publication)
             and publication.row_id
             and publication.row_id not in self._written
+            and publication not in self._late
         )
 
     def _insert(self, publications: Iterable[Publication]) -> None:
@@ -107,11 +122,16 @@ def connection_of(session: Any, table: Any, txn: Any) -> Any:
     :param txn: the transaction that commits the session; it would not commit what the ORM has not
         written, if nobody told.
     """
-    _join(session, txn, table.fullname)
+    join(session, txn, table.fullname)
     return session.connection(bind_arguments={"clause": table})
 
 
-def _join(session: Any, txn: Any, what: str) -> None:
+def join(session: Any, txn: Any, what: str) -> None:
+    """Let a session belong to a transaction, and be committed by it; it begins nothing yet.
+
+    :param what: what it is for, in messages.
+    :raises OutboxDetached: if it belongs to another one, or this one commits already.
+    """
     try:
         mark_changed(session, _ManagerOf(txn))
     except ValueError as error:

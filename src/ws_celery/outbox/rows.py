@@ -124,6 +124,26 @@ class Rows:
         mine = and_(self.table.c.id == row_id, self.table.c.expires.is_not(None))
         connection.execute(update(self.table).where(mine).values(expires=None))
 
+    def get(self, connection: Connection, row_id: UUID) -> Row[Any] | None:
+        """Return a row, without a lock; ``None`` if it is not there."""
+        return connection.execute(self.select().where(self.table.c.id == row_id)).first()
+
+    def insert_rest(
+        self, connection: Connection, row: Row[Any], row_id: UUID, lease: float, error: str
+    ) -> None:
+        """Write a row for what is left of a run that has committed: never sent, but an end.
+
+        :param row: the row of the run; a dead letter has its message.
+        :param error: what the relay makes it a dead letter with, after ``lease`` seconds.
+        """
+        values = {**row._asdict(), "id": row_id, "expires": None, "error": error}
+        values |= {"due_at": self._later, "deliveries": 0}
+        connection.execute(insert(self.table).values(**values), {"seconds": lease})
+
+    def delete_one(self, connection: Connection, row_id: UUID) -> bool:
+        """Delete a row, also a dead letter; return whether it was there and not locked."""
+        return self.delete(connection, [row_id]) == 1
+
     def delete(self, connection: Connection, ids: Iterable[UUID]) -> int:
         """Delete rows that are not locked; return how many."""
         return self._delete(connection, self.table.c.id.in_(list(ids)))

@@ -88,6 +88,16 @@ class Outbox(Database):
         if kept:
             self.rows.insert(connection, [self.row(publication) for publication in kept])
 
+    def keep_late(self, publications: Iterable[Publication]) -> None:
+        """Write the rows of messages whose own transaction is over, or send them without a row."""
+        try:
+            with self.begin() as connection:
+                self.keep(connection, publications)
+        except self.errors:
+            log.exception("The outbox could not be written; the tasks are sent without a row")
+            for publication in publications:
+                publication.row_id, publication.waits = None, False
+
     def number(self, publication: Publication) -> None:
         """Give a message that is to be kept its row."""
         publication.row_id = uuid4()
