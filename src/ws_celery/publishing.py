@@ -77,8 +77,24 @@ class Publisher:
                 self._app.outbox.published(publications)
             tell(TasksPublished(self._app, publications))
 
+    def declare_all(self) -> None:
+        """Declare the application's queues anew, on a connection that does not remember them.
+
+        :raises Exception: the broker's error; one that answers may still take nothing, such as a
+            Redis that was demoted.
+        """
+        self.close()  # the idle connections remember what has been declared
+        connection = self.connect()
+        try:
+            for queue in list(self._app.amqp.queues.values()):
+                queue(connection.default_channel).declare()
+        finally:
+            connection.collect()
+
     def close(self) -> None:
         """Close the connections that are not in use."""
+        if self._pid != os.getpid():
+            self._forget_inherited()
         with suppress(IndexError):
             while True:
                 self._idle.pop().connection.release()
