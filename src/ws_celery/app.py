@@ -119,7 +119,8 @@ class PyramidCelery(Celery):
         return connection
 
     def close(self) -> None:
-        """Clean up after the application, as in Celery."""
+        """Clean up after the application, as in Celery; what is spooled is sent first."""
+        self.publisher.end()
         self.publisher.close()
         self.locks.close()
         super().close()

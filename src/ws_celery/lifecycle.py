@@ -36,6 +36,7 @@ class PyramidFixup:
         self._connections = PooledConnections()
         signals.worker_init.connect(self.on_worker_init)
         signals.worker_process_init.connect(self.on_process_init)
+        signals.worker_process_shutdown.connect(self.on_process_shutdown)
         signals.worker_ready.connect(self.on_worker_ready)
         signals.beat_init.connect(self.on_beat_init)
 
@@ -50,6 +51,10 @@ class PyramidFixup:
             self._connections.forget()
         if get_current_app() is self.app:  # and not another one of this process
             tell(WorkerProcessInit(self.app))
+
+    def on_process_shutdown(self, **_: Any) -> None:
+        """Wait for what is spooled: a child of a pool ends without what Python does at an exit."""
+        self.app.publisher.end()
 
     def on_beat_init(self, **_: Any) -> None:
         """Let the beat of ``worker --beat``, a forked child, open database connections of its own.
