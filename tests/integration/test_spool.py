@@ -85,9 +85,16 @@ def emptied(app):
     wait_for(lambda: not len(app.celery.publisher.spool), "the end of the spool")
 
 
-def not_in_hand(app):
-    """Wait until the thread has tried, and waits."""
-    wait_for(lambda: not app.celery.publisher.spool._in_hand)
+@pytest.fixture
+def has_tried(monkeypatch):
+    """Wait until the thread of a spool has tried once, and waits until it is in a hurry."""
+    monkeypatch.setattr("ws_celery.outages.BACKOFF", (SOON, SOON))
+
+    def has_tried(app):
+        spool = app.celery.publisher.spool
+        wait_for(lambda: spool._broker.error is not None and not spool._in_hand)
+
+    return has_tried
 
 
 class Load:
@@ -211,27 +218,31 @@ def test_events_tell_what_was_spooled_and_that_it_was_sent_late(make, broker, st
     assert [message.id for message in app.sent()] == ids + now
 
 
-def test_the_oldest_are_lost_if_there_are_too_many(make, broker, start_broker, told, caplog):
+def test_the_oldest_are_lost_if_there_are_too_many(
+    make, broker, start_broker, told, has_tried, caplog
+):
     app = make(ws_celery__publish_spool="2")
     ids = commit(app, 1) + commit(app, 2)
-    not_in_hand(app)
+    has_tried(app)
     ids += commit(app, 3)
     assert f"these tasks are lost: add[{ids[0]}]" in caplog.text
     start_broker(broker)
-    emptied(app)
+    app.celery.publisher.spool.end(SOON)
 
     assert told.ids(PublishFailed, ambiguous=False) == ids[:1]
     assert [message.id for message in app.sent()] == ids[1:]
 
 
-def test_the_oldest_are_lost_if_they_are_too_large(make, broker, start_broker, told, monkeypatch):
+def test_the_oldest_are_lost_if_they_are_too_large(
+    make, broker, start_broker, told, has_tried, monkeypatch
+):
     monkeypatch.setattr("ws_celery.spool.LARGEST", 100_000)
     app = make()
     ids = commit(app, "x" * 60_000)
-    not_in_hand(app)
+    has_tried(app)
     ids += commit(app, "y" * 60_000)
     start_broker(broker)
-    emptied(app)
+    app.celery.publisher.spool.end(SOON)
 
     assert told.ids(PublishFailed, ambiguous=False) == ids[:1]
     assert [message.id for message in app.sent()] == ids[1:]
