@@ -181,6 +181,7 @@ def make_app(
         wsgi_app = config.make_wsgi_app()
         celery = stack.enter_context(closing(get_celery_app(config.registry)))
         stack.callback(_delete_queue, celery)
+        stack.callback(celery.publisher.spool.end, 0)  # a test does not wait for its broker
         return Application(config, celery, TestApp(wsgi_app))
 
     yield make

@@ -28,6 +28,7 @@ from ws_celery.masking import masked_text
 from ws_celery.propagation import Propagation
 from ws_celery.publishing import Publisher
 from ws_celery.request import HEADER, calling_request, description_of
+from ws_celery.results import fit
 from ws_celery.settings import Configuration, our_setting
 from ws_celery.transactions import Transactions
 
@@ -119,7 +120,8 @@ class PyramidCelery(Celery):
         return connection
 
     def close(self) -> None:
-        """Clean up after the application, as in Celery."""
+        """Clean up after the application, as in Celery; what is spooled is sent first."""
+        self.publisher.end()
         self.publisher.close()
         self.locks.close()
         super().close()
@@ -226,15 +228,7 @@ class PyramidCelery(Celery):
 
     def _get_backend(self) -> Any:
         backend = super()._get_backend() if self.eager is None else MemoryBackend(self)
-        on_task_call = backend.on_task_call
-
-        def unless_recording(producer: Any, task_id: str) -> None:
-            # It would contact the result backend at the call: a SUBSCRIBE for each task, and 19 s
-            # of waiting for a Redis that is down. AsyncResult.get() subscribes by itself.
-            if not isinstance(producer, RecordingProducer):
-                on_task_call(producer, task_id)
-
-        backend.on_task_call = unless_recording
+        fit(self, backend)
         return backend
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -67,15 +67,13 @@ class Canary:
                 return 0
 
     def declare_all(self) -> None:
-        """Declare the application's queues anew, on a connection that does not remember them.
+        """Declare the application's queues anew; see ``Publisher``.
 
         :raises BrokerUnavailable: if the broker does not answer.
         """
-        self._app.publisher.close()  # its connections remember what has been declared
         self.close()
-        with self._opened() as connection:
-            for queue in list(self._app.amqp.queues.values()):
-                queue(connection.default_channel).declare()
+        with self._opened():
+            self._app.publisher.declare_all()
 
     def lay(self) -> None:
         """Put a message into the queue; an older one may go.

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 from uuid import UUID
 
-from kombu import Connection, Producer
+from kombu import Connection, Producer, Queue
 from kombu.serialization import dumps, loads
 
 from ws_celery.delays import delay_anew
@@ -158,6 +158,8 @@ class RecordingProducer:
 
     #: No serializer of its own: Celery passes the task's with every message.
     serializer: str | None = None
+    #: Where the result of the next message arrives, if a queue has to be declared for it.
+    reply_queue: Queue | None = None
 
     def __init__(
         self,
@@ -176,6 +178,9 @@ class RecordingProducer:
     def publish(self, body: Any, *, serializer: str | None = None, **options: Any) -> None:
         content_type, content_encoding, payload = dumps(body, serializer=serializer)
         options.update(content_type=content_type, content_encoding=content_encoding)
+        if self.reply_queue is not None:
+            options["declare"] = [*(options.get("declare") or ()), self.reply_queue]
+            self.reply_queue = None
         freeze_envelope(options, self.connection.transport.driver_type)
         self.record([Publication(payload, options)])
 

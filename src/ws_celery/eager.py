@@ -106,13 +106,15 @@ class MemoryBackend(CacheBackend):
     def __init__(self, app: PyramidCelery) -> None:
         super().__init__(app=app, url="memory://")
 
-    def wait_for(self, task_id: str, **_: Any) -> Any:
+    def wait_for(self, task_id: str, on_interval: Any = None, **_: Any) -> Any:
         """Return what is kept of a task that has run.
 
         :raises NotRunYet: if it has not.
         """
         found = self.get_task_meta(task_id)
         if found["status"] not in states.READY_STATES:
+            if on_interval:
+                on_interval()  # knows of a run that was skipped
             raise NotRunYet(task_id)
         return found
 

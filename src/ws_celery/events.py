@@ -19,6 +19,7 @@ from ws_celery.interfaces import (
     ITaskFinished,
     ITaskSkipped,
     ITasksPublished,
+    ITasksSpooled,
     IWorkerProcessInit,
 )
 
@@ -30,6 +31,7 @@ __all__ = (
     "TaskMessage",
     "TaskSkipped",
     "TasksPublished",
+    "TasksSpooled",
     "WorkerProcessInit",
     "has_subscriber",
     "tell",
@@ -80,16 +82,8 @@ class TaskMessage(NamedTuple):
     id: str
 
 
-@implementer(ITasksPublished)
 @dataclass
-class TasksPublished(_Event):
-    """The deferred messages of one transaction have been handed to the broker.
-
-    Sent after each flush, in the thread that has committed. What a subscriber raises is logged.
-
-    :param publications: what was published.
-    """
-
+class _OfMessages(_Event):
     publications: Sequence[Any] = field(repr=False)
 
     @property
@@ -98,15 +92,47 @@ class TasksPublished(_Event):
         return [TaskMessage(p.task_name, p.task_id) for p in self.publications if p.task_id]
 
 
-@implementer(IPublishFailed)
+@implementer(ITasksPublished)
 @dataclass
-class PublishFailed(TasksPublished):
-    """The transaction has committed, and these of its messages may not have reached the broker.
+class TasksPublished(_OfMessages):
+    """Deferred messages have been handed to the broker: those of one transaction, as a rule.
 
+    Sent after each flush, in the thread that has committed; what was spooled, in the spool's. What
+    a subscriber raises is logged.
+
+    :param publications: what was published.
+    :param late: whether they were spooled before.
+    """
+
+    late: bool = field(default=False, kw_only=True)
+
+
+@implementer(ITasksSpooled)
+@dataclass
+class TasksSpooled(_OfMessages):
+    """The transaction has committed, and its messages wait in this process for the broker.
+
+    :class:`TasksPublished` or :class:`PublishFailed` tells what becomes of them, unless the process
+    is killed before.
+
+    :param publications: what was not sent.
     :param error: the reason.
     """
 
     error: BaseException
+
+
+@implementer(IPublishFailed)
+@dataclass
+class PublishFailed(TasksPublished):
+    """The transaction has committed, and these of its messages are lost, or may be.
+
+    :param error: the reason.
+    :param ambiguous: whether they may have reached the broker all the same.
+    """
+
+    error: BaseException
+    ambiguous: bool = field(default=True, kw_only=True)
 
 
 @implementer(ITaskFinished)

@@ -196,17 +196,27 @@ class ValueNotPropagated(WsCeleryError, EncodeError):
 
 
 class NotRunYet(WsCeleryError, CeleryTimeoutError):
-    """The result of a task is wanted that this process runs later; Celery's ``TimeoutError``, too.
+    """A result is wanted that does not come while it is waited for; Celery's ``TimeoutError``, too.
 
-    Waiting would have no end.
+    :param task_id: the id of the task.
+    :param remedy: why it has not run, and what to do.
     """
 
-    def __init__(self, task_id: str) -> None:
-        super().__init__(
-            f"The task {task_id} has not run. With task_always_eager it runs when the transaction "
-            "commits, in a task when that task is over, and in a test it is run by drain(). Ask "
-            "for its result after that."
-        )
+    EAGER = (
+        "With task_always_eager it runs when the transaction commits, in a task when that task is "
+        "over, and in a test it is run by drain(). Ask for its result after that."
+    )
+    DEFERRED = (
+        "Its message leaves when the transaction that is open commits. Ask for its result after "
+        "that, or dispatch it inside `with immediately():`."
+    )
+    SKIPPED = "Call it again, or let it wait for the lock, by one_instance(wait=SECONDS)."
+
+    def __init__(self, task_id: str, remedy: str = EAGER) -> None:
+        super().__init__(task_id, remedy)  # as they are: it travels between processes
+
+    def __str__(self) -> str:
+        return "The task {} has not run. {}".format(*self.args)
 
 
 class BrokerUnavailable(WsCeleryError):

@@ -21,6 +21,7 @@ __all__ = (
     "ITaskRequest",
     "ITaskSkipped",
     "ITasksPublished",
+    "ITasksSpooled",
     "IWorkerProcessInit",
 )
 
@@ -106,15 +107,24 @@ class IBeforeDispatch(ICeleryEvent):
 
 
 class ITasksPublished(ICeleryEvent):
-    """The deferred messages of one transaction have been handed to the broker."""
+    """Deferred messages have been handed to the broker."""
 
     tasks = Attribute("Names and ids, in the order of the calls.")
+    late = Attribute("Whether they were spooled before.")
+
+
+class ITasksSpooled(ICeleryEvent):
+    """The transaction has committed, and its messages wait in this process for the broker."""
+
+    tasks = Attribute("Names and ids, in the order of the calls.")
+    error = Attribute("The reason.")
 
 
 class IPublishFailed(ITasksPublished):
-    """The transaction has committed, and its messages may not have reached the broker."""
+    """The transaction has committed, and its messages are lost, or may be."""
 
     error = Attribute("The reason.")
+    ambiguous = Attribute("Whether they may have reached the broker all the same.")
 
 
 class ITaskFinished(ICeleryEvent):

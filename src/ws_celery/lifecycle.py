@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from celery import signals, states
 from celery._state import get_current_app
@@ -20,7 +21,7 @@ from ws_celery.exceptions import Duplicate, Skipped
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("PyramidFixup", "PyramidLoader", "dispose_engines")
+__all__ = ("PooledConnections", "PyramidFixup", "PyramidLoader")
 
 
 class PyramidFixup:
@@ -32,17 +33,28 @@ class PyramidFixup:
     def __init__(self, app: PyramidCelery) -> None:
         self.app = app
         self._pid = os.getpid()
+        self._connections = PooledConnections()
+        signals.worker_init.connect(self.on_worker_init)
         signals.worker_process_init.connect(self.on_process_init)
+        signals.worker_process_shutdown.connect(self.on_process_shutdown)
         signals.worker_ready.connect(self.on_worker_ready)
         signals.beat_init.connect(self.on_beat_init)
+
+    def on_worker_init(self, **_: Any) -> None:
+        """Take note of database connections before the pool forks."""
+        self._connections.watch()
 
     def on_process_init(self, **_: Any) -> None:
         """Let a forked child open database connections of its own, and tell the application."""
         # The solo pool sends this signal in the process that loaded the application.
         if os.getpid() != self._pid:
-            dispose_engines()
+            self._connections.forget()
         if get_current_app() is self.app:  # and not another one of this process
             tell(WorkerProcessInit(self.app))
+
+    def on_process_shutdown(self, **_: Any) -> None:
+        """Wait for what is spooled: a child of a pool ends without what Python does at an exit."""
+        self.app.publisher.end()
 
     def on_beat_init(self, **_: Any) -> None:
         """Let the beat of ``worker --beat``, a forked child, open database connections of its own.
@@ -50,7 +62,7 @@ class PyramidFixup:
         It is told before a thread of the outbox's relay starts there, whose signal this is too.
         """
         if os.getpid() != self._pid:
-            dispose_engines()
+            self._connections.forget()
 
     def on_worker_ready(self, sender: Any = None, **_: Any) -> None:
         """Tell the application, where the pool has no signal for it: threads and greenlets."""
@@ -98,20 +110,45 @@ def _runs_tasks_here(pool: Any) -> bool:
     return not isinstance(pool, (prefork.TaskPool, solo.TaskPool))
 
 
-def dispose_engines() -> None:
-    """Make every SQLAlchemy engine of this process forget its pooled connections, without closing.
+class PooledConnections:
+    """The connections in the pools of SQLAlchemy, which a forked child has from its parent.
 
-    They are the parent's: two processes that talk over one connection corrupt both conversations,
-    and closing one would close it for the parent. Engines are found wherever the application keeps
-    them, at module level too.
+    Two processes that talk over one connection corrupt both conversations, and closing it would
+    close it for the parent. Engines may be anywhere in the application, and are not asked for.
     """
-    module = sys.modules.get("sqlalchemy.engine")
-    if module is None:
-        return
-    for candidate in _objects():
-        # type(), not isinstance(): lazy proxies evaluate themselves when asked for __class__.
-        if issubclass(type(candidate), module.Engine):
-            candidate.dispose(close=False)
+
+    def __init__(self) -> None:
+        self._entries: WeakSet[Any] = WeakSet()
+        self._inherited: list[Any] = []
+        self._watching = False
+
+    def watch(self) -> None:
+        """Take note of those that there are, and of those to come: in the parent, before it forks.
+
+        A child that walks over all objects copies the memory that it shares with its parent.
+        """
+        pool = sys.modules.get("sqlalchemy.pool")
+        if pool is None or self._watching:
+            return
+        self._watching = True
+        sys.modules["sqlalchemy.event"].listen(pool.Pool, "connect", self._take_note)
+        self._entries.update(
+            # type(), not isinstance(): lazy proxies evaluate themselves when asked for __class__.
+            each
+            for each in _objects()
+            if issubclass(type(each), pool.ConnectionPoolEntry)
+        )
+
+    def _take_note(self, _connection: Any, entry: Any) -> None:
+        self._entries.add(entry)
+
+    def forget(self) -> None:
+        """Let the pools of a child open connections of their own."""
+        self.watch()  # if nobody has told of the parent's start
+        for entry in self._entries:
+            # Kept: some drivers close a connection that nobody refers to.
+            self._inherited.append(entry.dbapi_connection)
+            entry.dbapi_connection = None
 
 
 def _objects() -> list[Any]:

@@ -21,7 +21,7 @@ class Service:
     """
 
     def __init__(self, owner: str, name: str) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._owner = owner
         self._name = name
         self._since = 0.0
@@ -34,7 +34,7 @@ class Service:
             log.warning("%s: the %s is back after %.1f seconds", self._owner, self._name, seconds)
             self.error = None
 
-    def failed(self, error: Exception) -> float:
+    def failed(self, error: BaseException) -> float:
         """Take note that it has failed; return how many seconds to wait."""
         if self.error is None:
             self._since, self._wait = monotonic(), BACKOFF[0]

@@ -7,8 +7,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import SoftTimeLimitExceeded
 from kombu import Connection, Producer
@@ -16,39 +17,75 @@ from kombu.exceptions import OperationalError
 from pyramid.registry import Registry
 
 from ws_celery.dispatch import Publication
-from ws_celery.events import PublishFailed, TasksPublished, tell
+from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled, tell
 from ws_celery.exceptions import BrokerUnavailable
-from ws_celery.redis_channel import lighten
+from ws_celery.masking import masked_text
+from ws_celery.redis_channel import PartlyRefused, connect, lighten
 from ws_celery.settings import our_setting
 from ws_celery.shown_arguments import described_arguments
+from ws_celery.spool import Spool
 
-__all__ = ("Publisher", "batch")
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
+__all__ = ("Attempt", "Publisher", "batch")
 
 log = logging.getLogger(__name__)
 
 #: Seconds by which each message lengthens the flush: a long list is no sign of a slow broker.
 PER_MESSAGE = 0.001
 
+#: How many messages are sent together at most.
+BATCH = 1000
+
+#: How many commands kombu may gather before it sends them by itself: more than there will be, since
+#: one would not know then what was sent.
+_NO_PARTS = 1_000_000
+
 #: Options with which redis-py would try again, and kombu not send a batch.
 _REDIS_RETRIES = ("retry", "retry_on_error", "retry_on_timeout")
+
+
+@dataclass
+class Attempt:
+    """How far a flush came: of its messages some were sent, some may have been, the rest was not.
+
+    :param sent: how many of the first ones have certainly been sent.
+    :param begun: how many of the first ones may have been sent, those included.
+    :param error: what ended it; of the broker, as a rule.
+    :param down: whether that was an error of the connection.
+    """
+
+    sent: int = 0
+    begun: int = 0
+    error: BaseException | None = None
+    down: bool = False
+
+    @property
+    def refused(self) -> bool:
+        """Whether the broker answers, and takes the next message not."""
+        return self.error is not None and not self.down and self.begun == self.sent == 0
 
 
 class Publisher:
     """Hands what a transaction has dispatched to the broker, after the commit.
 
     It has connections of its own, whose sockets wait half of ``ws_celery.publish_timeout`` (2 s)
-    for an answer, and it begins nothing after that half: so a flush ends in time whatever the
-    broker does. A broker that has failed is left alone for ``ws_celery.publish_cooldown`` (5 s), in
-    which nobody waits for it.
+    for an answer, and after that half it begins nothing but its first step: so a flush ends in time
+    whatever the broker does. A broker whose connection has failed is left alone for
+    ``ws_celery.publish_cooldown`` (5 s), in which nobody waits for it.
+
+    What has certainly not been sent, and has no row in the outbox, is spooled.
 
     :param app: the Celery app whose broker it is.
     :param registry: where the settings and the subscribers are.
     """
 
-    def __init__(self, app: Any, registry: Registry) -> None:
+    def __init__(self, app: PyramidCelery, registry: Registry) -> None:
         settings = registry.settings
         self.timeout = our_setting(settings, "ws_celery.publish_timeout", 2.0)
         self.cooldown = our_setting(settings, "ws_celery.publish_cooldown", 5.0)
+        self.spool = Spool(self, our_setting(settings, "ws_celery.publish_spool", 10_000))
         self._log_arguments = our_setting(settings, "ws_celery.log_arguments", default=False)
         self._app = app
         self._down_until: float | None = None
@@ -60,30 +97,133 @@ class Publisher:
         """Hand ``publications`` to the broker in one flush; no broker makes it raise.
 
         The database has committed when this runs, so that an error could only mislead the caller.
-        It is logged with the names and ids of the tasks that may not have been sent, and a
-        :class:`~ws_celery.events.PublishFailed` is sent. What interrupts the process, such as a
-        time limit, is raised.
+        It is logged with the names and ids of the tasks, and events tell what became of them. What
+        interrupts the process, such as a time limit, is raised.
         """
         try:
             self._refuse_while_down()
-            self.flush(publications)
-        except BaseException as error:
-            self._fail(publications, error)
-            if isinstance(error, SoftTimeLimitExceeded) or not isinstance(error, Exception):
-                raise
+        except BrokerUnavailable as error:
+            self.conclude(publications, Attempt(error=error))
+            return
+        attempt = self.attempt(publications)
+        self.conclude(publications, attempt)
+        if attempt.error is not None and _interrupts(attempt.error):
+            raise attempt.error
+
+    def flush(self, publications: Sequence[Publication]) -> None:
+        """Hand ``publications`` to the broker in one flush, or raise; a part may have left then.
+
+        :raises Exception: the broker's error, after at most ``ws_celery.publish_timeout``.
+        """
+        attempt = self.attempt(publications)
+        if attempt.error is not None:
+            raise attempt.error
+
+    def attempt(self, publications: Sequence[Publication]) -> Attempt:
+        """Try once to hand ``publications`` to the broker; return how far it came."""
+        attempt = Attempt()
+        deadline = monotonic() + self.timeout / 2 + PER_MESSAGE * len(publications)
+        try:
+            producer = self._acquire()
+        except BaseException as error:  # noqa: BLE001 - the caller decides
+            attempt.error, attempt.down = error, not _interrupts(error)
+            return attempt
+        try:
+            _declare_once(producer, publications, deadline)
+            connect(producer.channel)
+            _send(producer, publications, deadline, attempt)
+        except BaseException as error:  # noqa: BLE001 - likewise
+            _judge(error, producer.connection, attempt)
+            producer.connection.collect()
         else:
+            self._idle.append(producer)
+        return attempt
+
+    def conclude(
+        self, publications: Sequence[Publication], attempt: Attempt, *, late: bool = False
+    ) -> None:
+        """Tell what has become of messages, and see to it that those not sent will be.
+
+        :param late: whether they come from the spool, and what was not sent goes back there.
+        """
+        if attempt.error is None:
             self._down_until = None
+        elif attempt.down:
+            self._down_until = monotonic() + self.cooldown
+        if attempt.error is not None:
+            self._leave_to_relay(publications[attempt.sent :], attempt.error)
+            if not late:
+                self._spool(publications[attempt.begun :], attempt.error)
+            doubtful = publications[attempt.sent : attempt.begun]
+            self.report([each for each in doubtful if not each.row_id], attempt.error)
+        if sent := publications[: attempt.sent]:
             if self._app.outbox is not None:
-                self._app.outbox.published(publications)
-            tell(TasksPublished(self._app, publications))
+                self._app.outbox.published(sent)
+            tell(TasksPublished(self._app, sent, late=late))
+
+    def _leave_to_relay(self, publications: Sequence[Publication], error: BaseException) -> None:
+        if kept := [publication for publication in publications if publication.row_id]:
+            log.warning("The outbox keeps %d tasks for the relay: %s", len(kept), error)
+            self._app.outbox.not_published(kept)
+
+    def _spool(self, publications: Sequence[Publication], error: BaseException) -> None:
+        publications = [each for each in publications if not each.row_id]
+        if not publications:
+            return
+        lost = self.spool.keep(publications)
+        if kept := [each for each in publications if each not in lost]:
+            self._log(logging.WARNING, "this process sends these tasks later", kept, error)
+            tell(TasksSpooled(self._app, kept, error=error))
+        self.report(lost, error, ambiguous=False)
+
+    def report(
+        self,
+        publications: Sequence[Publication],
+        error: BaseException,
+        *,
+        ambiguous: bool = True,
+    ) -> None:
+        """Tell that messages are lost.
+
+        :param ambiguous: whether they may have been sent all the same.
+        """
+        if any(publication.task_id for publication in publications):
+            said = "these tasks may not have been sent" if ambiguous else "these tasks are lost"
+            self._log(logging.ERROR, said, publications, error)
+            tell(PublishFailed(self._app, publications, error=error, ambiguous=ambiguous))
+
+    def end(self) -> None:
+        """Wait ``ws_celery.publish_timeout`` for what is spooled, at the end of the process."""
+        self.spool.end(self.timeout)
+
+    def declare_all(self) -> None:
+        """Declare the application's queues anew, on a connection that does not remember them.
+
+        :raises Exception: the broker's error; one that answers may still take nothing, such as a
+            Redis that was demoted.
+        """
+        self.close()  # the idle connections remember what has been declared
+        connection = self.connect()
+        try:
+            for queue in list(self._app.amqp.queues.values()):
+                queue(connection.default_channel).declare()
+        finally:
+            connection.collect()
 
     def close(self) -> None:
         """Close the connections that are not in use."""
+        if self._pid != os.getpid():
+            self._forget_inherited()
         with suppress(IndexError):
             while True:
                 self._idle.pop().connection.release()
 
     def _refuse_while_down(self) -> None:
+        if len(self.spool):
+            raise BrokerUnavailable(
+                "The broker has not taken yet what was dispatched before, and nothing overtakes "
+                "it. Start the broker."
+            )
         down_until = self._down_until  # another thread may find the broker up meanwhile
         if down_until is None:
             return
@@ -94,32 +234,6 @@ class Publisher:
             )
         # This flush tries; those of other threads need not wait with it.
         self._down_until = monotonic() + self.timeout
-
-    def flush(self, publications: Sequence[Publication]) -> None:
-        """Hand ``publications`` to the broker in one flush, or raise; a part may have left then.
-
-        :raises Exception: the broker's error, after at most ``ws_celery.publish_timeout``.
-        """
-        deadline = monotonic() + self.timeout / 2 + PER_MESSAGE * len(publications)
-        producer = self._acquire()
-        try:
-            _declare_once(producer, publications, deadline)
-            # Nothing is retried: a part may have been delivered.
-            with batch(producer, publications):
-                for publication in publications:
-                    _in_time(deadline)
-                    publication.publish(producer, declare=None, retry=False)
-            _settle(producer, deadline)
-        except BaseException as error:
-            connection = producer.connection
-            connection.collect()
-            # The cause, too: kombu wraps the error of a batch in one that is of no such kind.
-            if any(
-                isinstance(each, connection.connection_errors) for each in (error, error.__cause__)
-            ):
-                raise OperationalError(str(error)) from error
-            raise
-        self._idle.append(producer)
 
     def _acquire(self) -> Producer:
         if self._pid != os.getpid():
@@ -159,26 +273,19 @@ class Publisher:
             connection.connection.sock.settimeout(patience)
         return connection
 
-    def _fail(self, publications: Sequence[Publication], error: BaseException) -> None:
-        if isinstance(error, (OSError, OperationalError)):
-            self._down_until = monotonic() + self.cooldown
-        kept = [publication for publication in publications if publication.row_id]
-        if kept:
-            log.warning("The outbox keeps %d tasks for the relay: %s", len(kept), error)
-            self._app.outbox.not_published(kept)
-        # An event has neither a row nor a task that could be lost.
-        if lost := [found for found in publications if found.task_id and not found.row_id]:
-            self._report(lost, error)
-
-    def _report(self, publications: Sequence[Publication], error: BaseException) -> None:
-        event = PublishFailed(self._app, publications, error)
-        log.error(
-            "The transaction has committed, but these tasks may not have been sent: %s (%s)",
-            ", ".join(map(self._described, publications)),
-            str(error) or type(error).__name__,
-            exc_info=None if isinstance(error, BrokerUnavailable) else error,
+    def _log(
+        self, level: int, said: str, publications: Sequence[Publication], error: BaseException
+    ) -> None:
+        tasks = [self._described(each) for each in publications if each.task_id]
+        is_known = isinstance(error, BrokerUnavailable)
+        log.log(
+            level,
+            "The transaction has committed, but %s: %s (%s)",
+            said,
+            ", ".join(tasks),
+            masked_text(str(error)) or type(error).__name__,
+            exc_info=None if level < logging.ERROR or is_known else error,
         )
-        tell(event)
 
     def _described(self, publication: Publication) -> str:
         text = f"{publication.task_name}[{publication.task_id}]"
@@ -200,13 +307,83 @@ def _bound_redis(options: dict[str, Any], patience: float) -> None:
 def batch(producer: Producer, publications: Sequence[Publication]) -> AbstractContextManager[Any]:
     """Let what is published inside leave together where that can be: in one pipeline of Redis."""
     if len(publications) > 1 and hasattr(producer, "batch"):
-        return producer.batch()
+        return producer.batch(max_size=_NO_PARTS)
     return nullcontext()
+
+
+def _send(
+    producer: Producer, publications: Sequence[Publication], deadline: float, attempt: Attempt
+) -> None:
+    # Nothing is retried: a part may have been delivered.
+    together = len(publications) > 1 and getattr(producer, "supports_batch_publish", False)
+    send = _send_together if together else _send_each
+    send(producer, publications, deadline, attempt)
+    if attempt.sent < len(publications):
+        raise BrokerUnavailable(
+            "The broker is too slow for ws_celery.publish_timeout. Raise it, or dispatch less in "
+            "one transaction."
+        )
+
+
+def _send_together(
+    producer: Producer, publications: Sequence[Publication], deadline: float, attempt: Attempt
+) -> None:
+    for start in range(0, len(publications), BATCH):
+        if start and monotonic() > deadline:
+            return
+        part = publications[start : start + BATCH]
+        with batch(producer, part):
+            for publication in part:
+                publication.publish(producer, declare=None, retry=False)
+            attempt.begun += len(part)  # it leaves at the end of the block
+        attempt.sent = attempt.begun
+
+
+def _send_each(
+    producer: Producer, publications: Sequence[Publication], deadline: float, attempt: Attempt
+) -> None:
+    answers = producer.connection.transport.driver_type != "amqp"
+    for publication in publications:
+        if attempt.begun and monotonic() > deadline:
+            break
+        attempt.begun += 1
+        publication.publish(producer, declare=None, retry=False)
+        if answers:
+            attempt.sent = attempt.begun
+    if not answers:
+        # A publish has no answer on RabbitMQ: a dead broker would be noticed by nobody. It
+        # answers methods in their order: one that changes nothing tells that all has arrived.
+        producer.channel.flow(active=True)
+        attempt.sent = attempt.begun
+
+
+def _judge(error: BaseException, connection: Connection, attempt: Attempt) -> None:
+    """Tell by its error how far an attempt came."""
+    cause = error.__cause__ if _is_of_batch(error) else error
+    attempt.error = cause if isinstance(cause, BaseException) else error
+    attempt.down = isinstance(attempt.error, (OperationalError, *connection.connection_errors))
+    if attempt.down or _interrupts(error) or isinstance(attempt.error, PartlyRefused):
+        return
+    # The broker has said no. RabbitMQ says so to all that it was sent, though one may be to blame.
+    if connection.transport.driver_type != "amqp" or attempt.begun == 1:
+        attempt.begun = attempt.sent
+
+
+def _is_of_batch(error: BaseException) -> bool:
+    # By its name: kombu has the class from 5.7.
+    return type(error).__name__ == "BatchPublishError"
+
+
+def _interrupts(error: BaseException) -> bool:
+    return isinstance(error, SoftTimeLimitExceeded) or not isinstance(error, Exception)
 
 
 def _in_time(deadline: float) -> None:
     if monotonic() > deadline:
-        raise TimeoutError("the broker is too slow for ws_celery.publish_timeout")
+        raise BrokerUnavailable(
+            "The broker is too slow for ws_celery.publish_timeout. Raise it, or send to less "
+            "queues in one transaction."
+        )
 
 
 def _declare_once(producer: Producer, publications: Iterable[Publication], deadline: float) -> None:
@@ -217,22 +394,12 @@ def _declare_once(producer: Producer, publications: Iterable[Publication], deadl
         for entity in publication.declare
     }
     declared = producer.connection.declared_entities
-    for entity in entities.values():
+    for number, entity in enumerate(entities.values()):
         # kombu looks there, too, but first makes a copy of the entity for the channel.
         if not (entity.can_cache_declaration and hash(entity) in declared):
-            _in_time(deadline)
+            if number:
+                _in_time(deadline)
             producer.maybe_declare(entity)
-
-
-def _settle(producer: Producer, deadline: float) -> None:
-    """Wait until a RabbitMQ has read what it was sent.
-
-    A publish has no answer there: a dead broker would be noticed by nobody. It answers methods in
-    their order, so that one that changes nothing tells that all before has arrived.
-    """
-    if producer.connection.transport.driver_type == "amqp":
-        _in_time(deadline)
-        producer.channel.flow(active=True)
 
 
 def _is_alive(producer: Producer) -> bool:

@@ -5,7 +5,24 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-__all__ = ("lighten",)
+__all__ = ("PartlyRefused", "connect", "lighten")
+
+
+class PartlyRefused(Exception):
+    """A Redis has refused some of the commands that it was sent together, and obeyed others."""
+
+
+def connect(channel: Any) -> None:
+    """Connect a channel to Redis, also if the server has hung up: nothing was sent until then.
+
+    Channels to other brokers are left alone.
+
+    :raises Exception: if the server does not answer.
+    """
+    if hasattr(channel, "conn_or_acquire"):
+        with channel.conn_or_acquire() as client:
+            pool = client.connection_pool
+            pool.release(pool.get_connection())
 
 
 def lighten(channel: Any) -> None:
@@ -49,6 +66,18 @@ class _Pushes:
             self._push()
             self._key = key
         self._values += values
+
+    def execute(self) -> None:
+        """Send all; what is refused is an error.
+
+        :raises PartlyRefused: if not all was refused.
+        """
+        self._push()
+        answers = self._pipeline.execute(raise_on_error=False)
+        if errors := [answer for answer in answers if isinstance(answer, Exception)]:
+            if len(errors) < len(answers):
+                raise PartlyRefused(f"{len(errors)} of {len(answers)} commands: {errors[0]}")
+            raise errors[0]
 
     def reset(self) -> None:
         self._values = []

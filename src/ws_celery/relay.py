@@ -175,6 +175,8 @@ class Relay:
             )
             # Last: who dies before leaves the loss to be seen.
             self.canary.lay()
+        elif self._broker.error:
+            self.canary.lay()  # a demoted Redis answers, and takes nothing
         # Not all relays at the same time: the first one mends a loss for all.
         self._watch_at = monotonic() + self.watch * uniform(0.5, 1)  # noqa: S311 - no secret
 

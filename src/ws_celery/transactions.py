@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -10,7 +12,7 @@ from transaction.interfaces import IDataManager, ISynchronizer, NoTransaction
 from zope.interface import implementer
 
 from ws_celery.datamanager import DispatchDataManager, ThreadsDispatches
-from ws_celery.dispatch import RecordingProducer, held_publications, is_immediate
+from ws_celery.dispatch import Publication, RecordingProducer, held_publications, is_immediate
 from ws_celery.sessions import open_session, open_transactions, tell_rollbacks
 
 __all__ = ("OwnCommits", "Transactions", "remember_transaction")
@@ -200,6 +202,14 @@ class Transactions:
         if manager is None or (txn := self.begun(manager)) is not received():
             return None
         return txn
+
+    def recorded(self, app: Any, request: Any) -> Sequence[Publication]:
+        """Return what the current transaction holds of an app."""
+        txn = self.current(request)
+        data_manager = None
+        with suppress(KeyError):
+            data_manager = txn and txn.data(app)
+        return data_manager.publications if data_manager is not None else ()
 
     def recorder(self, app: Any, request: Any) -> RecordingProducer | None:
         """Return what records for the current transaction, or ``None``: send at once."""

@@ -15,7 +15,7 @@ import pytest
 import transaction
 from tests.waiting import SOON
 
-from ws_celery.events import PublishFailed
+from ws_celery.events import TasksSpooled
 
 CELERY = """
 task_acks_late = false
@@ -126,7 +126,7 @@ def test_here_is_the_directory_of_the_file(conf, site):
 def test_an_error_after_the_commit_is_not_swallowed(make_app, free_port, caplog):
     told = []
     app = make_app(
-        setup=lambda config: config.add_subscriber(told.append, PublishFailed),
+        setup=lambda config: config.add_subscriber(told.append, TasksSpooled),
         broker=f"redis://127.0.0.1:{free_port}/0",
     )
     with transaction.manager:
@@ -134,5 +134,5 @@ def test_an_error_after_the_commit_is_not_swallowed(make_app, free_port, caplog)
 
     ((name, task_id),) = told[0].tasks
     assert (name, task_id) == ("note", result.id)
-    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    (record,) = [each for each in caplog.records if each.name == "ws_celery.publishing"]
     assert f"note[{result.id}]" in record.getMessage()

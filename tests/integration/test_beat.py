@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import threading
 import time
 from datetime import datetime, timedelta, timezone
@@ -15,7 +17,9 @@ from tests.waiting import SOON, wait_for
 
 from ws_celery import RequestAwareTask, inspection, task
 from ws_celery.beat import Scheduler, ticks
+from ws_celery.beat.listening import Listener
 from ws_celery.beat.scheduler import DatabaseScheduler
+from ws_celery.embedded import EmbeddedBroker
 from ws_celery.events import BeforeDispatch
 from ws_celery.exceptions import EntryRefused
 
@@ -175,6 +179,33 @@ def test_an_edit_is_seen_at_once_where_the_database_tells_of_it(make_schedule, p
 
     wait_for(lambda: ticks_of(app, "e"))
     assert app.schedule.load()["e"].run_requested_at is None
+
+
+@pytest.fixture
+def _many_descriptors():
+    """Let the next descriptor be one that ``select()`` does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    taken = [os.dup(0) for _ in range(1024)]
+    yield
+    for descriptor in taken:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("_many_descriptors")
+def test_a_listener_with_a_high_descriptor_waits_until_an_edit(make_schedule, postgres):
+    store = make_schedule(postgres, work).celery.schedule
+    store.engine.dispose()
+    listener = Listener(store)
+    listener.open()
+
+    assert listener._driver.fileno() > 1023
+    assert not listener.wait(0.1)
+    store.save("e", **NEVER)
+    assert listener.wait(SOON)
+    assert listener._connection is not None
+    listener.close()
 
 
 def test_a_round_that_fails_is_made_up_for_without_waiting_for_the_next_look(
@@ -523,10 +554,22 @@ def test_without_an_outbox_a_tick_is_sent_after_its_claim(
     assert last.task_id
 
 
+@pytest.fixture
+def demoted(start_broker, tmp_path):
+    """URL of a Redis that answers what is read, and refuses what is written."""
+    broker = EmbeddedBroker(tmp_path / "broker")
+    start_broker(broker)
+    with Redis(unix_socket_path=str(broker.socket)) as client:
+        client.replicaof("127.0.0.1", 1)
+    return broker.url(0)
+
+
+@pytest.mark.parametrize("broker", ["nowhere", "demoted"])
 def test_without_an_outbox_no_tick_is_claimed_while_the_broker_is_known_to_be_down(
-    make_schedule, postgres, beat_of, caplog
+    make_schedule, postgres, beat_of, caplog, request, broker
 ):
-    app = make_schedule(postgres, work, broker=NOWHERE).celery
+    url = NOWHERE if broker == "nowhere" else request.getfixturevalue(broker)
+    app = make_schedule(postgres, work, broker=url).celery
     app.schedule.save("e", **EVERY_SECOND)
 
     beat_of(app)

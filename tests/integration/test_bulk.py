@@ -88,7 +88,7 @@ def test_what_is_sent_at_once_goes_by_slices_of_one_batch_each(make_app, redis_u
     app = make_app(add, broker=redis_url)
     begun = []
     batch = Producer.batch
-    monkeypatch.setattr(Producer, "batch", lambda self: begun.append(1) or batch(self))
+    monkeypatch.setattr(Producer, "batch", lambda self, **of: begun.append(1) or batch(self, **of))
     monkeypatch.setattr("ws_celery.bulk.SLICE", 10)
     with immediately():
         add.delay_many((number,) for number in range(25))

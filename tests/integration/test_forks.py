@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ws_celery.lifecycle import dispose_engines
+from ws_celery.lifecycle import PooledConnections
 
 #: Forks as a prefork pool does, and prints the PostgreSQL backend that each process talks to.
 PROGRAM = """
@@ -17,7 +17,7 @@ from pyramid.config import Configurator
 from sqlalchemy import create_engine, text
 
 url, ini, preparation = sys.argv[1:]
-engine = create_engine(url)
+engine = create_engine(url, pool_pre_ping=True)
 config = Configurator(settings={"ws_celery.config_uri": ini})
 config.include("ws_celery")
 app = config.make_celery_app()
@@ -26,8 +26,12 @@ def backend():
     with engine.connect() as connection:
         return connection.execute(text("SELECT pg_backend_pid()")).scalar()
 
-print("parent", backend(), flush=True)
+before_start = "worker_init" not in preparation
+if before_start:
+    print("parent", backend(), flush=True)
 exec(preparation)
+if not before_start:
+    print("parent", backend(), flush=True)
 if (child := os.fork()) == 0:
     try:
         signals.worker_process_init.send(sender=None)
@@ -89,19 +93,71 @@ def test_an_engine_with_options_is_no_obstacle(backends):
     assert child not in parent
 
 
+def test_a_connection_of_after_the_worker_s_start_is_the_parent_s_too(backends):
+    parent, (child,) = backends("signals.worker_init.send(sender=None)")
+
+    assert child not in parent
+
+
 def test_connections_are_forgotten_and_not_closed(postgres):
     with postgres.engine.connect() as connection:
         pooled = connection.connection.driver_connection
-    dispose_engines()
+    connections = PooledConnections()
+    connections.forget()
 
-    assert postgres.engine.pool.checkedin() == 0
+    with postgres.engine.connect() as connection:
+        assert connection.connection.driver_connection is not pooled
     assert not pooled.closed
     pooled.close()
 
 
 def test_an_application_without_a_database_has_nothing_to_forget():
-    program = "from ws_celery import lifecycle; lifecycle.dispose_engines()"
+    program = "from ws_celery import lifecycle; lifecycle.PooledConnections().forget()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+#: Forks as a worker does that shares a large application; prints by how much the child's own memory
+#: grows when it begins, in MB.
+SHARING = """
+import gc, os, sys
+from celery import signals
+from pyramid.config import Configurator
+from sqlalchemy import create_engine, text
+
+url, ini = sys.argv[1:]
+engine = create_engine(url)
+with engine.connect() as connection:
+    connection.execute(text("SELECT 1"))
+config = Configurator(settings={"ws_celery.config_uri": ini})
+config.include("ws_celery")
+config.make_celery_app()
+large = [{number: [number]} for number in range(300_000)]
+signals.worker_init.send(sender=None)
+gc.collect()
+gc.freeze()
+
+def own():
+    with open("/proc/self/smaps_rollup") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+if (child := os.fork()) == 0:
+    try:
+        before = own()
+        signals.worker_process_init.send(sender=None)
+        print(own() - before, flush=True)
+    finally:
+        os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells whose memory it is")
+def test_a_child_goes_on_sharing_its_parent_s_memory(postgres_url, write_ini):
+    ini = write_ini("[celery]\nbroker_url = memory://")
+    command = [sys.executable, "-c", SHARING, postgres_url, ini]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+    assert float(done.stdout) < 5  # a walk over the 600,000 objects costs some 50
 
 
 # The broker
@@ -135,6 +191,29 @@ if (child := os.fork()) == 0:
 os.waitpid(child, 0)
 publish(3)
 """
+
+
+#: Closes what a child has inherited; prints whether the parent publishes by the connection that it
+#: had.
+CLOSING = PUBLISHING.replace("publish(2)", "app.publisher.close()").replace(
+    "publish(3)",
+    "(before,) = app.publisher._idle\npublish(3)\nprint(app.publisher._idle[0] is before)",
+)
+
+
+@pytest.mark.parametrize("broker", ["redis_url", "rabbitmq_url"])
+def test_a_forked_process_closes_no_connection_of_its_parent_s(
+    make_app, write_ini, request, broker
+):
+    url = request.getfixturevalue(broker)
+    app = make_app(broker=url)
+    queue = app.celery.conf.task_default_queue
+    ini = write_ini(f"[celery]\nbroker_url = {url}\ntask_default_queue = {queue}")
+    command = [sys.executable, "-c", CLOSING, ini]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+    assert done.stdout.split()[-1] == "True"
+    assert [message.args for message in app.sent()] == [[1], [3]]
 
 
 @pytest.mark.parametrize("broker", ["redis_url", "rabbitmq_url"])

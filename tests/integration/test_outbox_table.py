@@ -10,6 +10,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from pyramid.exceptions import ConfigurationExecutionError
 from sqlalchemy import MetaData, inspect, text
 from tests.waiting import SOON
 
@@ -237,3 +238,17 @@ def test_the_name_of_the_table_may_have_a_schema(make_outbox, postgres, rows_of)
     assert isinstance(outbox_table("tasks.waiting").metadata, MetaData)
     app.celery.outbox.rows.table.drop(postgres.engine)
     postgres.execute("DROP SCHEMA tasks")
+
+
+def test_messages_without_headers_are_refused_with_an_outbox_at_the_start(make_config, sqlite):
+    """Their rows could not be told apart: none was written, and nobody was told."""
+    protocol = "task_protocol = 1"
+    config = make_config(celery=protocol, ws_celery__outbox="true")
+    sqlite.includeme(config)
+    with pytest.raises(ConfigurationExecutionError) as error:
+        config.make_wsgi_app()
+
+    (fault,) = error.value.evalue.faults
+    assert (fault.section, fault.key, fault.line) == ("celery", "task_protocol", 4)
+    assert "Leave task_protocol out, or switch ws_celery.outbox off." in str(fault)
+    assert make_config(celery=protocol).make_wsgi_app()

@@ -8,6 +8,7 @@ import threading
 from datetime import datetime, timedelta, timezone
 
 import pytest
+import redis
 import transaction
 from kombu import Connection
 from pyramid.threadlocal import RequestContext
@@ -428,6 +429,54 @@ def test_a_loss_is_seen_by_whoever_comes_back_to_an_empty_broker(make, start_bro
     relay.turn()
 
     assert set(ids(app.sent())) == set(expected)
+
+
+def test_a_loss_is_seen_again_by_whoever_could_not_make_the_rows_due(make, start_broker, tmp_path):
+    """The canary comes last: were it laid first, nobody would know of the loss any more."""
+    broker = EmbeddedBroker(tmp_path / "broker")
+    start_broker(broker)
+    app = make(broker=broker.url(0))
+    relay = app.celery.outbox.relay
+    relay.watch = 0
+    relay.turn()
+    expected = dispatch(app, 1)
+    with Connection(broker.url(0)) as connection:
+        empty_redis(connection, [])
+    with pytest.MonkeyPatch.context() as patch:
+        nowhere = create_engine("postgresql+psycopg://postgres@127.0.0.1:1/none")
+        patch.setattr(app.celery.outbox, "engine", nowhere)
+        relay.turn()
+    relay.turn()
+    relay.turn()
+
+    assert ids(app.sent()) == expected
+
+
+def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(
+    make, start_broker, tmp_path, caplog
+):
+    """A Redis that was demoted answers what is read, and refuses what is written."""
+    broker = EmbeddedBroker(tmp_path / "broker")
+    start_broker(broker)
+    app = make(broker=broker.url(0))
+    relay = app.celery.outbox.relay
+    relay.watch = 0
+    relay.turn()
+    expected = dispatch_unsent(app, 1)
+    lines(caplog)
+    with redis.Redis(unix_socket_path=str(broker.socket)) as client:
+        client.replicaof("127.0.0.1", 1)
+        for _ in range(3):
+            relay.turn()
+        (failed,) = lines(caplog)
+        client.replicaof("NO", "ONE")
+        relay.turn()
+
+    (back,) = lines(caplog)
+    assert "the broker has failed" in failed
+    assert "read only replica" in failed
+    assert "the broker is back" in back
+    assert ids(app.sent()) == expected
 
 
 def test_a_message_that_no_broker_takes_stops_no_other(make, rabbitmq_url, caplog):

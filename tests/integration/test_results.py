@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
+import threading
 import uuid
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
 import pytest
-from celery import states
+import transaction
+from celery import chain, group, states
 from click.testing import CliRunner
+from tests.waiting import SOON, wait_for
 
 from ws_celery import inspection, task
 from ws_celery.cli.call import call
 from ws_celery.cli.result import result
 from ws_celery.cli.results import results
-from ws_celery.exceptions import NoSuchResult, ResultsNotListed, ResultsUnavailable, Skipped
+from ws_celery.exceptions import (
+    NoSuchResult,
+    NotRunYet,
+    ResultsNotListed,
+    ResultsUnavailable,
+    Skipped,
+)
 from ws_celery.locks import Held, rule_of
 
 
 @task(name="send_mail")
 def send_mail(request, address, password=None):
     pass
+
+
+ran = []
+
+
+@task(name="double")
+def double(request, x):
+    ran.append(x)
+    return 2 * x
 
 
 @task(name="locked", one_instance="a key")
@@ -365,3 +384,78 @@ def test_an_application_without_a_result_backend_says_so(make_app):
     assert isinstance(CliRunner().invoke(result, ["one"], obj=context).exception, NoSuchResult)
     with pytest.raises(ResultsNotListed, match=r"\(none\)"):
         inspection.stored_results(app.registry)
+
+
+# Waiting
+
+
+@pytest.fixture(params=["redis_url", "rabbitmq_url", "sqlite_url"])
+def waiting(request, make_app):
+    """An application whose result backend is Redis, rpc:// or a database."""
+    url = request.getfixturevalue(request.param)
+    backend = {"redis_url": url, "rabbitmq_url": "rpc://", "sqlite_url": f"db+{url}"}
+    broker = url if request.param == "rabbitmq_url" else "memory://"
+    return make_app(
+        double, locked, broker=broker, celery=f"result_backend = {backend[request.param]}"
+    )
+
+
+@pytest.mark.parametrize(
+    "dispatch",
+    [
+        lambda: double.delay(1),
+        lambda: group(double.s(number) for number in range(3)).delay(),
+        lambda: chain(double.s(1), double.s()).delay(),
+    ],
+    ids=["task", "group", "chain"],
+)
+def test_nobody_waits_for_a_message_that_his_own_transaction_holds(waiting, dispatch):
+    with transaction.manager:
+        result = dispatch()
+        with pytest.raises(NotRunYet, match="when the transaction that is open commits"):
+            result.get(timeout=SOON)
+
+
+def test_a_result_that_comes_before_anybody_waits_for_it_is_kept(waiting, start_worker):
+    """rpc:// declares its queue at the call, where a deferred one is only recorded."""
+    ran.clear()
+    with transaction.manager:
+        results = [double.delay(number) for number in (1, 2, 3)]
+    start_worker(waiting)
+    wait_for(lambda: sorted(ran) == [1, 2, 3], "the runs")
+
+    assert [result.get(timeout=SOON) for result in results] == [2, 4, 6]
+
+
+@pytest.mark.timeout(30)
+def test_nobody_waits_for_a_run_that_was_skipped(app, skip):
+    skip(app, "one")
+
+    with pytest.raises(NotRunYet, match=r"It was skipped: the lock 'a key' is held by .* Call it"):
+        app.celery.AsyncResult("one").get()
+
+
+@pytest.mark.timeout(30)
+def test_nobody_waits_for_a_run_that_was_skipped_on_redis(make_app, redis_url, skip):
+    app = make_app(send_mail, locked, celery=f"result_backend = {redis_url}")
+    skip(app, "skipped before")
+    with pytest.raises(NotRunYet, match="It was skipped"):
+        app.celery.AsyncResult("skipped before").get()
+    with pytest.raises(NotRunYet, match="It was skipped"):
+        app.celery.ResultSet([app.celery.AsyncResult("skipped before")]).get()
+    waits = threading.Event()
+    thread = threading.Thread(target=lambda: waits.wait(SOON) and skip(app, "skipped later"))
+    thread.start()
+
+    with pytest.raises(NotRunYet, match=r"skipped later has not run\. It was skipped"):
+        app.celery.AsyncResult("skipped later").get(on_interval=waits.set)
+    thread.join()
+    for each in ("skipped before", "skipped later"):
+        app.celery.backend.forget(each)
+
+
+def test_that_a_task_has_not_run_can_be_told_in_another_process():
+    error = NotRunYet("one", NotRunYet.DEFERRED)
+
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301 - our own
+    assert "immediately" in str(error)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 
 import pytest
 import transaction
 from celery.exceptions import SoftTimeLimitExceeded
 from kombu.exceptions import OperationalError
+from tests.waiting import SOON, wait_for
 
 from ws_celery import ConfigurationError, task
 from ws_celery.dispatch import Publication
-from ws_celery.events import PublishFailed, TasksPublished
+from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled
 
 
 @task(name="add")
@@ -34,6 +37,7 @@ def events():
 def app(make_app, events):
     def setup(config):
         config.add_subscriber(events.append, TasksPublished)
+        config.add_subscriber(events.append, TasksSpooled)
 
     return make_app(add, outer, setup=setup, ws_celery__publish_cooldown="1e-9")
 
@@ -98,13 +102,46 @@ def test_a_broker_that_another_thread_finds_up_meanwhile_is_not_down(app, events
 def test_an_error_that_is_not_the_brokers_does_not_mark_it_as_down(app, events, fail, monkeypatch):
     fail(ValueError("odd message"))
     with transaction.manager:
-        add.delay(1)
+        first = add.delay(1)
+    assert app.celery.publisher._down_until is None
     monkeypatch.undo()
     with transaction.manager:
-        add.delay(2)
+        second = add.delay(2)
+    wait_for(lambda: not len(app.celery.publisher.spool))
 
-    assert [type(event) for event in events] == [PublishFailed, TasksPublished]
-    assert app.names() == ["add"]
+    assert type(events[0]) is TasksSpooled
+    assert events[0].tasks == [("add", first.id)]
+    published = [event for event in events if type(event) is TasksPublished]
+    assert [each.id for event in published for each in event.tasks] == [first.id, second.id]
+    assert published[0].late
+    assert [message.args for message in app.sent()] == [[1], [2]]
+
+
+def test_only_one_thread_waits_for_a_broker_that_may_be_up_again(make_app, events):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        app = make_app(
+            add,
+            setup=lambda config: config.add_subscriber(events.append, TasksSpooled),
+            broker=f"redis://127.0.0.1:{silent.getsockname()[1]}/0",
+        )
+        publisher = app.celery.publisher
+        publisher._down_until = time.monotonic()  # the cool-down is over
+        thread = threading.Thread(target=_commit, args=(app, 1))
+        thread.start()
+        silent.settimeout(SOON)
+        connection, _ = silent.accept()
+        _commit(app, 2)
+        (event,) = events
+        connection.close()
+        silent.close()
+        thread.join()
+
+    assert "ws_celery.publish_cooldown" in str(event.error)
+
+
+def _commit(app, number):
+    with transaction.manager:
+        add.delay(app.request(), number)
 
 
 @pytest.mark.parametrize("error", [None, OperationalError("gone")], ids=["published", "failed"])
@@ -192,14 +229,21 @@ def test_a_time_that_is_none_ends_the_start(make_app, key, value):
         make_app(**{f"ws_celery__{key}": value})
 
 
-def test_a_flush_that_is_too_slow_is_cut_off(make_app, events, monkeypatch):
+def test_a_flush_that_is_too_slow_is_cut_off_and_the_rest_is_sent_later(
+    make_app, events, monkeypatch
+):
     def setup(config):
         config.add_subscriber(events.append, TasksPublished)
+        config.add_subscriber(events.append, TasksSpooled)
 
-    make_app(add, setup=setup, ws_celery__publish_timeout="1e-9")
+    app = make_app(add, setup=setup, ws_celery__publish_timeout="1e-9")
     monkeypatch.setattr("ws_celery.publishing.PER_MESSAGE", 0)
     with transaction.manager:
-        add.delay(1)
+        ids = [add.delay(number).id for number in range(3)]
+    wait_for(lambda: not len(app.celery.publisher.spool))
 
-    (event,) = events
-    assert isinstance(event.error, TimeoutError)
+    told = {(type(event), each.id) for event in events for each in event.tasks}
+    assert {each for kind, each in told if kind is TasksPublished} == set(ids)
+    assert {each for kind, each in told if kind is TasksSpooled} == set(ids[1:])
+    assert not any(isinstance(event, PublishFailed) for event in events)
+    assert app.celery.publisher._down_until is None

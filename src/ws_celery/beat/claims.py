@@ -163,8 +163,9 @@ class Claims:
 
     def _make_sure_of_broker(self) -> None:
         # Before the next ticks are claimed: they wait for it, and are caught up as entries say.
+        # A declaration is a write: a demoted Redis answers, and takes nothing.
         if self._broker_failed:
-            self._app.publisher.connect().release()
+            self._app.publisher.declare_all()
             self._broker_failed = False
 
 

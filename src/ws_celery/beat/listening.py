@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import select
+import selectors
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,9 @@ class Listener:
             time.sleep(seconds)
             return False
         try:
-            ready, _, _ = select.select([self._driver.fileno()], [], [], seconds)
+            with selectors.DefaultSelector() as selector:  # select() takes no descriptor above 1023
+                selector.register(self._driver.fileno(), selectors.EVENT_READ)
+                ready = selector.select(seconds)
             if ready:
                 self._connection.execute(text("SELECT 1"))  # takes what has come off the socket
         except Exception as error:  # noqa: BLE001  whatever a driver raises: it is opened anew

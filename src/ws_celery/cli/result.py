@@ -39,7 +39,7 @@ def _result(context: click.Context, /, task_id: str, task: str | None, traceback
 
 
 def _awaited(result: Any) -> Any:
-    """Return what a run returns or raises; its ``get()`` would wait for a skipped one for ever."""
+    """Return what a run returns or raises."""
     while (state := result.state) not in states.READY_STATES:
         if state == SKIPPED:
             said = result.info

@@ -120,6 +120,7 @@ def _described(error: Exception) -> str:
 
 
 def _broker(app: PyramidCelery) -> str:
+    app.publisher.declare_all()  # a write: a demoted Redis answers, and takes nothing
     connection = app.publisher.connect()
     try:
         uri: str = connection.as_uri()

@@ -7,14 +7,18 @@ of the task: its deletion is the right to the effect. See ``docs/outbox.rst``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyramid.config import PHASE3_CONFIG
 
 from ws_celery.applications import get_celery_app
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.outbox.store import Outbox
 from ws_celery.outbox.table import outbox_table
 from ws_celery.settings import our_setting
+
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
 
 __all__ = ("Outbox", "includeme", "outbox_table")
 
@@ -28,6 +32,7 @@ def includeme(config: Any) -> None:
 
 def _switch_on(config: Any) -> None:
     app = get_celery_app(config.registry)
+    _refuse_protocol_1(app)
     settings = config.registry.settings
     app.outbox = Outbox(
         app,
@@ -35,3 +40,15 @@ def _switch_on(config: Any) -> None:
         lease=our_setting(settings, "ws_celery.outbox.lease", 300.0),
         max_deliveries=our_setting(settings, "ws_celery.outbox.max_deliveries", 10),
     )
+
+
+def _refuse_protocol_1(app: PyramidCelery) -> None:
+    # Its messages have no headers: neither the id that a row is kept under nor that of the row.
+    if app.conf.task_protocol == 1:
+        place = app.configuration and app.configuration.place("task_protocol")
+        problem = (
+            "has messages without headers, so that the outbox could keep none of them. Leave "
+            "task_protocol out, or switch ws_celery.outbox off"
+        )
+        fault = place.fault(problem, value=1) if place else f"task_protocol = 1 {problem}."
+        raise ConfigurationError(fault)

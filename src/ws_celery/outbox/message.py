@@ -50,7 +50,8 @@ def row_of(publication: Publication, queues: Mapping[str, Queue]) -> dict[str, A
 
 
 def _names_of(publication: Publication, queues: Mapping[str, Queue]) -> dict[str, Any]:
-    declared = publication.declare
+    reply_to = publication.options.get("reply_to")
+    declared = [each for each in publication.declare if each.name != reply_to]
     told = publication.options.get("routing_key")
     return {
         "task_id": publication.task_id,

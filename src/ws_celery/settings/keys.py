@@ -236,6 +236,7 @@ OUR_SETTINGS: dict[str, Kind] = {
         expected="names of what travels with a task: locale, request_id, user, or your own",
         example="locale, request_id, user",
     ),
+    "ws_celery.publish_spool": replace(whole(), example="10000"),
     "ws_celery.publish_timeout": _PATIENCE,
     "ws_celery.publish_cooldown": replace(_PATIENCE, example="5"),
     "ws_celery.log_arguments": BOOL,
