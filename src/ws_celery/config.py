@@ -67,10 +67,14 @@ def includeme(config: Any) -> None:
     over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
     config.add_subscriber(_watch_transactions, NewRequest)
-    # The app before PHASE3, where tasks are registered; after it what `imports` and plugins name.
-    config.action(ICeleryApp, _register_celery_app, args=(config,), order=PHASE2_CONFIG)
+    # Configured before PHASE3, where tasks are registered; after it what `imports` and plugins
+    # name, and last the handlers that look for tasks.
+    app = PyramidCelery(config.registry)
+    config.registry.registerUtility(app, ICeleryApp)
+    config.action(ICeleryApp, _configure_celery_app, args=(config,), order=PHASE2_CONFIG)
     config.action("celery parts", _include_parts, args=(config,), order=PHASE3_CONFIG - 1)
     config.action("celery imports", _scan_imports, args=(config,), order=PHASE3_CONFIG + 1)
+    config.action("celery signals", app.complete, order=PHASE3_CONFIG + 2)
 
 
 def make_celery_app(config: Any) -> PyramidCelery:
@@ -180,15 +184,13 @@ class _Source:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _register_celery_app(config: Any) -> None:
+def _configure_celery_app(config: Any) -> None:
     retry_attempts(config.registry.settings)  # a wrong one ends the start, not the first run
     configuration = _read(config.registry)
     configuration.report()
-    app = PyramidCelery(
-        config.registry, resolve(configuration.settings), configuration=configuration
-    )
+    app = get_celery_app(config.registry)
+    app.configure(resolve(configuration.settings), configuration)
     app.transactions.watch(transaction.manager, begun=False)
-    config.registry.registerUtility(app, ICeleryApp)
     if config.introspection:
         for row in configuration.rows:
             _introspect(config, row)
