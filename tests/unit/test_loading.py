@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from celery import signature
+from celery import _state, signature
 
 from ws_celery import celery_app, get_celery_app, task
 from ws_celery.applications import load_registry
+from ws_celery.cli import main, main_group
 from ws_celery.cli.application import check_schedule, load_celery_app
 from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NoSuchEntry
 from ws_celery.inspection import schedule_entry
@@ -275,3 +278,183 @@ def test_an_attribute_of_the_registered_task_alone_is_found(make_app):
 
     assert (add.noted, add.max_retries, add.rate_limit) == ("here", 7, "1/s")
     assert not hasattr(add, "x")
+
+
+# Every command
+
+
+@pytest.fixture
+def ws_celery(monkeypatch, tmp_path, capsys):
+    """Run ``ws-celery`` in this process; returns its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the shell adds to it
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(_state, "default_app", _state.default_app)
+    for variable in ("WS_CELERY_INI", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
+        monkeypatch.setenv(variable, "")  # what the command sets is undone with it
+
+    def ws_celery(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return ws_celery
+
+
+#: A command line for each command that has one which ends by itself.
+LINES = {
+    "amqp": ["amqp", "--unknown"],
+    "beat": ["beat", "--unknown"],
+    "call": ["call", "a"],
+    "check": ["check"],
+    "clean": ["clean", "--force"],
+    "control": ["control", "unknown"],
+    "events": ["events", "--unknown"],
+    "graph": ["graph", "workers", "nodes:1"],
+    "inspect": ["inspect", "--list"],
+    "list": ["list", "--unknown"],
+    "locks": ["locks", "list"],
+    "logtool": ["logtool", "--unknown"],
+    "migrate": ["migrate"],
+    "multi": ["multi", "names", "1"],
+    "outbox": ["outbox", "list"],
+    "purge": ["purge", "--force"],
+    "queues": ["queues", "list"],
+    "relay": ["relay", "--unknown"],
+    "report": ["report"],
+    "result": ["result", "1"],
+    "results": ["results", "list"],
+    "run": ["run", "--unknown"],
+    "schedule": ["schedule", "list"],
+    "shell": ["shell", "--python"],
+    "status": ["status", "--unknown"],
+    "tasks": ["tasks"],
+    "upgrade": ["upgrade", "--unknown"],
+    "view": ["view"],
+    "worker": ["worker", "--unknown"],
+    "workers": ["workers", "--unknown"],
+}
+#: The first two run others, each of which loads the application; Flower would not end.
+WITHOUT_LINE = {"demo", "dev", "flower"}
+
+
+def test_each_command_has_its_line():
+    assert set(LINES) | WITHOUT_LINE == set(main_group().commands)
+
+
+@pytest.mark.filterwarnings("ignore:The parameter -d is used more than once")  # by Celery's events
+@pytest.mark.parametrize("command", LINES)
+def test_each_command_loads_the_application_once(ws_celery, write_site, command):
+    name, ini = write_site("\n".join((PATTERNS["base"], PATTERNS["signals"].replace("'a'", "'b'"))))
+    code, printed, error = ws_celery(*LINES[command], "--ini", ini)
+
+    assert times_loaded(name) == 1, (code, printed, error)
+
+
+@pytest.mark.filterwarnings("ignore:The parameter -d is used more than once")  # by Celery's events
+@pytest.mark.parametrize("command", sorted({*LINES, *WITHOUT_LINE}))
+def test_the_help_of_a_command_loads_no_application(ws_celery, write_site, command):
+    _, ini = write_site("raise Exception('loaded')")
+    code, printed, _ = ws_celery(command, "--ini", ini, "--help")
+
+    assert code == 0
+    assert printed.startswith(f"Usage: ws-celery {command}")
+
+
+# No other application than the INI's
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--ini", "{ini}", "--workdir", "demo", "report"],
+        ["--workdir", "demo", "report", "--ini", "{ini}"],
+        ["--workdir=demo", "--ini", "{ini}", "report"],
+        ["-b", "memory://check", "report", "{ini}"],
+        ["--result-backend", "cache+memory://", "-q", "report", "--ini={ini}"],
+        ["-A", "ws_celery.celery_app", "report", "-A", "ws_celery", "{ini}"],
+        ["--ini-var", "check=worker", "report", "--ini", "{ini}"],
+    ],
+)
+def test_the_value_of_an_option_is_no_command(ws_celery, write_site, tmp_path, line):
+    name, ini = write_site(PATTERNS["task"])
+    (tmp_path / "demo").mkdir()
+    code, printed, error = ws_celery(*(word.format(ini=ini) for word in line))
+
+    assert code == 0, error
+    assert "loader   -> ws_celery.lifecycle.PyramidLoader" in printed
+    assert times_loaded(name) == 1
+
+
+def test_paths_are_meant_from_where_the_command_is_called(ws_celery, write_site, tmp_path):
+    _, ini = write_site(PATTERNS["task"])
+    (tmp_path / "demo").mkdir()
+    code, _, error = ws_celery("--workdir", "demo", "report", "--ini", Path(ini).name)
+
+    assert code == 0, error
+    assert Path.cwd() == tmp_path / "demo"
+
+
+@pytest.mark.parametrize("variable", ["APP", "CELERY_APP", "LOADER", "CONFIG_MODULE"])
+def test_no_variable_of_the_environment_names_another_application(
+    ws_celery, write_site, monkeypatch, variable
+):
+    _, ini = write_site(PATTERNS["task"])
+    monkeypatch.setenv(variable, "celery.app.default")
+    code, printed, error = ws_celery("report", "--ini", ini)
+
+    assert code == 0, error
+    assert "loader   -> ws_celery.lifecycle.PyramidLoader" in printed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["-A", "other", "report"],
+        ["report", "-A", "other"],
+        ["report", "--app=other"],
+        ["--config", "other", "report"],
+        ["report", "--config", "other"],
+        ["--loader=other", "report"],
+    ],
+)
+def test_another_application_is_refused(ws_celery, line):
+    code, printed, error = ws_celery(*line)
+
+    assert (code, printed) == (2, "")
+    assert "comes from the INI file" in error
+
+
+def test_a_broker_of_the_command_line_is_the_one_that_is_checked(ws_celery, write_site):
+    _, ini = write_site(PATTERNS["task"])
+    _, printed, _ = ws_celery("-b", "memory://elsewhere", "check", "--ini", ini)
+
+    assert "memory://elsewhere" in printed
+
+
+def test_a_command_that_is_to_have_no_application_gets_no_other_one(ws_celery, monkeypatch):
+    # As a command would that forgets to say that it needs one.
+    monkeypatch.setitem(main_group().commands, "check", main_group().commands["report"])
+    monkeypatch.setattr("ws_celery.cli.find_ini", lambda _: "x.ini")
+    code, printed, error = ws_celery("check")
+
+    assert (code, printed) == (2, "")
+    assert "No application is loaded" in error
+
+
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        (["x.ini", "worker", "-l", "info"], "ws-celery worker -l info --ini x.ini"),
+        (["x.ini#shop", "queues", "list"], "ws-celery queues list --ini 'x.ini#shop'"),
+        (["x.ini"], "ws-celery worker --ini x.ini"),
+    ],
+)
+def test_an_ini_before_the_command_is_answered_with_the_right_line(ws_celery, line, right):
+    code, _, error = ws_celery(*line)
+
+    assert code == 2
+    assert (
+        f"{line[0]} is no command: the INI file comes after the command. Write `{right}`" in error
+    )
