@@ -22,6 +22,7 @@ from ws_celery.arguments import blame_argument
 from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.eager import EagerWorker, MemoryBackend
 from ws_celery.events import BeforeDispatch, has_subscriber
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.locks import Locks
 from ws_celery.logs import set_up_logging
@@ -95,7 +96,7 @@ class PyramidCelery(Celery):
         self.steps["consumer"].add("ws_celery.consumer:OnRedis")
         self.on_after_configure = _SignalOfApplication(name="app.on_after_configure")
         self.on_after_finalize = _SignalOfApplication(name="app.on_after_finalize")
-        self.on_after_configure.connect(_keep_at_hand)
+        self.on_after_configure.connect(_prepare_lookups)
 
     def configure(
         self, settings: Mapping[str, Any], configuration: Configuration | None = None
@@ -301,7 +302,21 @@ def _in_spawned_child() -> PyramidCelery:
     return current_celery_app("the worker")
 
 
-def _keep_at_hand(source: Any, **_: Any) -> None:
+def _prepare_lookups(source: Any, **_: Any) -> None:
     # Celery looks for a default in three mappings under three names: a tenth of a dispatch. What
     # was changed is found at once.
     source.update({name: source[name] for name in _ASKED_OFTEN if name in source})
+    source.maps.append(_Elsewhere())
+
+
+class _Elsewhere(dict[str, Any]):
+    """The last mapping of ``app.conf``: what people look for there, and have elsewhere."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "PYRAMID_REGISTRY":
+            raise ConfigurationError(
+                "app.conf has no PYRAMID_REGISTRY. The registry of the application is "
+                "request.registry in a task, which gets a request first, and app.registry of its "
+                "Celery app."
+            )
+        raise KeyError(key)

@@ -458,3 +458,85 @@ def test_an_ini_before_the_command_is_answered_with_the_right_line(ws_celery, li
     assert (
         f"{line[0]} is no command: the INI file comes after the command. Write `{right}`" in error
     )
+
+
+# Where settings and modules come from
+
+
+IN_CODE = """
+    from pyramid.config import Configurator
+
+    count = 0
+
+    def main(global_config, **settings):
+        global count
+        count += 1
+        config = Configurator(settings=settings)
+        config.include("ws_celery")
+        config.configure_celery(broker_url="memory://", imports=["{name}"])
+        return config.make_wsgi_app()
+"""
+
+
+@pytest.fixture
+def site_in_code(write_ini, write_site, tmp_path):
+    """An application whose Celery settings are in code; returns its INI."""
+    (tmp_path / "site_in_code.py").write_text(textwrap.dedent(IN_CODE).format(name="site_in_code"))
+    return write_ini("[app:main]\nuse = call:site_in_code:main\n")
+
+
+def test_settings_in_code_are_checked_as_those_of_a_file(ws_celery, site_in_code):
+    code, printed, _ = ws_celery("check", "--ini", site_in_code)
+
+    assert code == 0, printed
+    assert "memory://" in printed
+    assert "0 errors" in printed
+    assert times_loaded("site_in_code") == 1
+
+
+@pytest.mark.parametrize("order", ["include first", "imports"])
+def test_no_broker_anywhere_is_an_error_of_check(ws_celery, write_site, order):
+    _, ini = write_site(PATTERNS["task"], order)
+    text = Path(ini).read_text()
+    Path(ini).write_text(text.partition("ws_celery.config_uri")[0])
+    code, printed, _ = ws_celery("check", "--ini", ini)
+
+    assert code == 2
+    assert printed.count("error: ") == 1
+    assert "No broker is configured" in printed
+
+
+@pytest.mark.parametrize("command", ["tasks", "check", "worker", "beat", "dev"])
+def test_an_application_that_is_not_installed_is_answered_with_how_to(
+    ws_celery, write_ini, command
+):
+    ini = write_ini(
+        "[app:main]\nuse = call:site_elsewhere:main\n[celery]\n"
+        "[server:main]\nlisten = 127.0.0.1:1\n"
+    )
+    code, printed, error = ws_celery(command, "--ini", ini)
+
+    assert code == 2
+    assert "the application cannot be found (No module named 'site_elsewhere')" in printed + error
+    assert "`pip install -e .`" in printed + error
+
+
+def test_a_variable_that_the_server_needs_is_named(ws_celery, write_site):
+    _, ini = write_site(PATTERNS["task"])
+    with Path(ini).open("a") as file:
+        file.write("[server:main]\nlisten = 127.0.0.1:%(http_port)s\n")
+    code, _, error = ws_celery("dev", "--ini", ini)
+
+    assert code == 2
+    assert "[server:main] listen: %(http_port)s is not set" in error
+    assert "--ini-var http_port=VALUE" in error
+
+
+def test_the_idiom_of_pyramid_celery_is_answered_with_the_remedy(make_app):
+    app = make_app(add)
+
+    with pytest.raises(ConfigurationError, match=r"PYRAMID_REGISTRY.*request\.registry"):
+        app.celery.conf["PYRAMID_REGISTRY"]
+    assert "PYRAMID_REGISTRY" not in app.celery.conf
+    with pytest.raises(KeyError):
+        app.celery.conf["PYRAMID"]
