@@ -20,4 +20,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # As the console script: an application is found where it is installed.
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11
+        del sys.path[0]
     main()

@@ -12,6 +12,7 @@ from typing import Any
 
 from celery import Celery
 from celery.app.backends import by_url
+from celery.utils.dispatch import Signal
 from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
 from zope.interface import implementer
@@ -21,6 +22,7 @@ from ws_celery.arguments import blame_argument
 from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.eager import EagerWorker, MemoryBackend
 from ws_celery.events import BeforeDispatch, has_subscriber
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.locks import Locks
 from ws_celery.logs import set_up_logging
@@ -51,36 +53,26 @@ class PyramidCelery(Celery):
     """A Celery app that belongs to one Pyramid registry and obeys its transactions.
 
     It is never Celery's global current app: two Pyramid applications in one process keep apart.
+    It is there from the include on, for handlers to connect to, and of use when the application's
+    configuration is committed: after :meth:`configure` and :meth:`complete`.
 
     :param registry: the owner.
-    :param settings: Celery's settings by their lower-case names, typed.
-    :param configuration: where the settings come from, and the options of calls that Celery does
-        not take from its routes, such as ``expires``.
     """
 
     control_cls = "ws_celery.control:Control"
 
-    def __init__(
-        self,
-        registry: Registry,
-        settings: Mapping[str, Any],
-        configuration: Configuration | None = None,
-        **options: Any,
-    ) -> None:
+    configuration: Configuration | None = None
+    publisher: Publisher
+    propagation: Propagation
+    #: The attribute of requests that is their SQLAlchemy session.
+    session_attribute: str
+    #: Runs what would be sent, with ``task_always_eager``. Celery is not told; see eager.py.
+    eager: EagerWorker | None = None
+
+    def __init__(self, registry: Registry, **options: Any) -> None:
         self.registry = registry
-        self.configuration = configuration
-        self._call_options = configuration.call_options if configuration else {}
+        self._call_options: Mapping[str, Any] = {}
         self.transactions = Transactions()
-        #: The attribute of requests that is their SQLAlchemy session.
-        self.session_attribute: str = our_setting(
-            registry.settings, "ws_celery.dbsession", "dbsession"
-        )
-        self.publisher = Publisher(self, registry)
-        settings = {"beat_scheduler": "ws_celery.beat:Scheduler", **settings}
-        # Celery's default would be one for all applications of a process.
-        settings["beat_schedule"] = dict(settings.get("beat_schedule") or {})
-        #: Runs what would be sent, with ``task_always_eager``. Celery is not told; see eager.py.
-        self.eager = EagerWorker(self) if settings.pop("task_always_eager", False) else None
         #: Keeps dispatches until they have taken effect, if the application has switched it on.
         self.outbox: Any = None
         #: Keeps tasks with ``@one_instance`` from running twice at a time.
@@ -90,10 +82,9 @@ class PyramidCelery(Celery):
         #: Entries of the schedule that code declares: name to fields.
         self.periodic: dict[str, Mapping[str, Any]] = {}
         #: What the configuration has put into Celery's beat_schedule; the rest of it is code's.
-        self.installed: dict[str, Any] = dict(settings.get("beat_schedule") or {})
+        self.installed: dict[str, Any] = {}
         #: What beat writes for a probe, if it is to.
         self.beat_health_file: Path | None = None
-        self.propagation = Propagation(registry)
         #: What ``@task`` has declared and the application has registered, by name.
         self.declared: dict[str, Any] = {}
         super().__init__(
@@ -104,8 +95,37 @@ class PyramidCelery(Celery):
             **options,
         )
         self.steps["consumer"].add("ws_celery.consumer:OnRedis")
-        self.on_after_configure.connect(_keep_at_hand)
+        self.on_after_configure = _SignalOfApplication(name="app.on_after_configure")
+        self.on_after_finalize = _SignalOfApplication(name="app.on_after_finalize")
+        self.on_after_configure.connect(_prepare_lookups)
+
+    def configure(
+        self, settings: Mapping[str, Any], configuration: Configuration | None = None
+    ) -> None:
+        """Take the settings of the application.
+
+        :param settings: Celery's settings by their lower-case names, typed.
+        :param configuration: where they come from, and the options of calls that Celery does not
+            take from its routes, such as ``expires``.
+        """
+        self.configuration = configuration
+        self._call_options = configuration.call_options if configuration else {}
+        of_pyramid = self.registry.settings
+        self.session_attribute = our_setting(of_pyramid, "ws_celery.dbsession", "dbsession")
+        self.publisher = Publisher(self, self.registry)
+        self.propagation = Propagation(self.registry)
+        settings = {"beat_scheduler": "ws_celery.beat:Scheduler", **settings}
+        # Celery's default would be one for all applications of a process.
+        settings["beat_schedule"] = dict(settings.get("beat_schedule") or {})
+        self.installed = dict(settings["beat_schedule"])
+        self.eager = EagerWorker(self) if settings.pop("task_always_eager", False) else None
         self.config_from_object(settings)
+
+    def complete(self) -> None:
+        """Tell the handlers of Celery's signals, now that the application's tasks are there."""
+        self.finalize()
+        self.on_after_configure.release()
+        self.on_after_finalize.release()
 
     def connection_for_write(self, *args: Any, **options: Any) -> Any:
         """Return a connection for publishing, as in Celery; Redis is not waited for without end.
@@ -239,6 +259,36 @@ class PyramidCelery(Celery):
         return masked_text(super().bugreport())
 
 
+class _SignalOfApplication(Signal):
+    """A signal of a Celery app that waits until the application has registered its tasks.
+
+    Celery sends it as soon as somebody asks for an option or a task, which is before that, and
+    only logs what its handlers raise.
+    """
+
+    _released = False
+    _held: tuple[Any, dict[str, Any]] | None = None
+
+    def connect(self, *args: Any, **options: Any) -> Any:
+        """Connect a handler, as in Celery; one that ``includeme()`` has defined lives on."""
+        return super().connect(*args, **{"weak": False, **options})
+
+    def send(self, sender: Any, **named: Any) -> Any:
+        """Call the handlers, or do so at the release."""
+        if self._released:
+            return super().send(sender, **named)
+        self._held = sender, named
+        return []
+
+    def release(self) -> None:
+        """Call the handlers, if Celery has sent the signal."""
+        self._released = True
+        if self._held is not None:
+            sender, named = self._held
+            self._held = None
+            self.send(sender, **named)
+
+
 def _in_spawned_child() -> PyramidCelery:
     """Load the application again, and its logging: the child is a fresh interpreter."""
     if config_uri := os.environ.get(INI_VARIABLE):
@@ -246,7 +296,21 @@ def _in_spawned_child() -> PyramidCelery:
     return current_celery_app("the worker")
 
 
-def _keep_at_hand(source: Any, **_: Any) -> None:
+def _prepare_lookups(source: Any, **_: Any) -> None:
     # Celery looks for a default in three mappings under three names: a tenth of a dispatch. What
     # was changed is found at once.
     source.update({name: source[name] for name in _ASKED_OFTEN if name in source})
+    source.maps.append(_Elsewhere())
+
+
+class _Elsewhere(dict[str, Any]):
+    """The last mapping of ``app.conf``: what people look for there, and have elsewhere."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "PYRAMID_REGISTRY":
+            raise ConfigurationError(
+                "app.conf has no PYRAMID_REGISTRY. The registry of the application is "
+                "request.registry in a task, which gets a request first, and app.registry of its "
+                "Celery app."
+            )
+        raise KeyError(key)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Mapping
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import plaster
@@ -14,7 +16,7 @@ from pyramid.config import global_registries
 from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 
-from ws_celery.exceptions import NoCurrentApplication, NotIncluded
+from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import calling_request
 from ws_celery.settings import ini_variables
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "INI_VARIABLE",
+    "app_if_loaded",
     "current_celery_app",
     "get_celery_app",
     "load_registry",
@@ -32,6 +35,15 @@ __all__ = (
 
 #: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
 INI_VARIABLE = "WS_CELERY_INI"
+
+#: The modules whose functions run while an application is loaded.
+_LOADERS = ("paste.deploy.loadwsgi", "pyramid.config", "pyramid.config.actions")
+
+#: The modules between a proxy and what uses it.
+_OURS = ("ws_celery.applications", "ws_celery.declaration", "celery.local")
+
+#: Two threads that need the application of the environment load it once.
+_loading = RLock()
 
 
 def get_celery_app(source: Any) -> PyramidCelery:
@@ -58,10 +70,23 @@ def current_celery_app(what: str = "celery_app") -> PyramidCelery:
     :param what: what needs the app, for the error message.
     :raises NoCurrentApplication: if none or more than one is loaded.
     """
+    return _app_at_hand() or loaded_celery_app(what)
+
+
+def app_if_loaded() -> PyramidCelery | None:
+    """Return what :func:`current_celery_app` would, but ``None`` where it would raise or load."""
+    registry: Registry = threadlocals.get()["registry"]
+    registries = [registry] if _includes_us(registry) else _loaded()
+    try:
+        app = _app_at_hand()
+    except NotIncluded:
+        return None
+    return app or (get_celery_app(registries[0]) if len(registries) == 1 else None)
+
+
+def _app_at_hand() -> PyramidCelery | None:
     request = calling_request()
-    if request is not None:
-        return get_celery_app(request)
-    return _app_of_the_transaction() or loaded_celery_app(what)
+    return _app_of_the_transaction() if request is None else get_celery_app(request)
 
 
 def _app_of_the_transaction() -> PyramidCelery | None:
@@ -81,15 +106,39 @@ def loaded_celery_app(what: str) -> PyramidCelery:
 
     :param what: what needs the app, for the error message.
     :raises NoCurrentApplication: if none or more than one is loaded.
+    :raises ConfigurationError: if the application is only being loaded.
     """
     current: Registry = threadlocals.get()["registry"]
-    loaded: list[Registry] = [current] if _includes_us(current) else []
-    loaded = loaded or [registry for registry in global_registries if _includes_us(registry)]
+    if _includes_us(current):
+        return get_celery_app(current)
+    if place := _place_in_loading():
+        raise ConfigurationError(
+            f"{place}: {what} is used while the application is being loaded, so that it has no "
+            "Celery app yet. Use it in a function that is called later, or in includeme(config) "
+            "as get_celery_app(config.registry)."
+        )
+    loaded = _loaded()
     if not loaded and (config_uri := os.environ.get(INI_VARIABLE)):
-        loaded = [load_registry(config_uri)]
+        with _loading:
+            loaded = _loaded() or [load_registry(config_uri)]
     if len(loaded) != 1:
         raise NoCurrentApplication(what, len(loaded))
     return get_celery_app(loaded[0])
+
+
+def _loaded() -> list[Registry]:
+    return [registry for registry in global_registries if _includes_us(registry)]
+
+
+def _place_in_loading() -> str | None:
+    """Return what asks, if this thread is loading an application, whoever has begun it."""
+    places = [
+        (frame.f_globals.get("__name__", ""), frame) for frame, _ in traceback.walk_stack(None)
+    ]
+    if not any(module in _LOADERS for module, _ in places):
+        return None
+    asks = next(frame for module, frame in places if not module.startswith(_OURS))
+    return f"{asks.f_code.co_filename}:{asks.f_lineno}"
 
 
 def _includes_us(registry: Registry) -> bool:

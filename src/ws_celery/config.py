@@ -69,10 +69,13 @@ def includeme(config: Any) -> None:
     over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
     config.add_subscriber(_watch_transactions, NewRequest)
-    # The app before PHASE3, where tasks are registered; after it what `imports` and plugins name.
-    _add_action(config, _register_celery_app, order=PHASE2_CONFIG)
+    config.registry.registerUtility(PyramidCelery(config.registry), ICeleryApp)
+    # Configured before PHASE3, where tasks are registered; after it what `imports` and plugins
+    # name, and last the handlers that look for tasks.
+    _add_action(config, _configure_celery_app, order=PHASE2_CONFIG)
     _add_action(config, _include_parts, order=PHASE3_CONFIG - 1)
     _add_action(config, _scan_imports, order=PHASE3_CONFIG + 1)
+    _add_action(config, _complete, order=PHASE3_CONFIG + 2)
 
 
 def _add_action(config: Any, function: Callable[[Any], None], order: int) -> None:
@@ -206,18 +209,20 @@ class _Source:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _register_celery_app(config: Any) -> None:
+def _configure_celery_app(config: Any) -> None:
     retry_attempts(config.registry.settings)  # a wrong one ends the start, not the first run
     configuration = _read(config.registry)
     configuration.report()
-    app = PyramidCelery(
-        config.registry, resolve(configuration.settings), configuration=configuration
-    )
+    app = get_celery_app(config.registry)
+    app.configure(resolve(configuration.settings), configuration)
     app.transactions.watch(transaction.manager, begun=False)
-    config.registry.registerUtility(app, ICeleryApp)
     if config.introspection:
         for row in configuration.rows:
             _introspect(config, row)
+
+
+def _complete(config: Any) -> None:
+    get_celery_app(config.registry).complete()
 
 
 #: Parts that a setting of their name switches on, and the attribute of the app that each sets.

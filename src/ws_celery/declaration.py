@@ -16,7 +16,7 @@ from celery.result import GroupResult
 from pyramid.config.actions import action_method
 
 from ws_celery.app import PyramidCelery
-from ws_celery.applications import current_celery_app, get_celery_app
+from ws_celery.applications import app_if_loaded, current_celery_app, get_celery_app
 from ws_celery.beat.sources import declare
 from ws_celery.bulk import split_call
 from ws_celery.derivers import check_options, derive, task_derivers
@@ -148,7 +148,13 @@ class TaskProxy:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # asked for by inspection, which must not load anything
             raise AttributeError(name)
-        return getattr(self._of((), {}), name)
+        if name in self._options or any(name in vars(each) for each in self.base.__mro__):
+            return getattr(self._of((), {}), name)
+        # Only a registered task can have it: annotations, say. None is loaded to find that out.
+        app = app_if_loaded()
+        if app is None or self.name not in app.tasks:
+            raise AttributeError(f"the task {self.name!r} has no attribute {name!r}")
+        return getattr(app.tasks[self.name], name)
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
@@ -313,10 +319,69 @@ def _configured(config: Any, category: str) -> list[Any]:
     return [each["introspectable"] for each in found]
 
 
+class _SignalProxy:
+    """A signal of Celery's app, to connect to before there is one: ``connect`` is a declaration.
+
+    As with ``@task``, each application that scans the module connects the handler.
+
+    :param name: ``on_after_configure``, for example.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def connect(self, *args: Any, **options: Any) -> Any:
+        """Declare a handler; in a function, connect it to the current application's app at once.
+
+        Arguments are those of Celery's signals, whose decorators this is, too.
+        """
+        if args and callable(args[0]):
+            return self._declare(args[0], args[1:], options)
+        return lambda handler: self._declare(handler, args, options)
+
+    def _declare(self, handler: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        def connect(app: PyramidCelery) -> None:
+            getattr(app, self._name).connect(handler, *args, **options)
+
+        def found(scanner: Any, _name: str, _what: Any) -> None:
+            _connect_found(scanner, connect)
+
+        for category in ("pyramid", CATEGORY):
+            # As for @task, two frames above is what declares.
+            info = venusian.attach(connect, found, category=category, depth=2)
+        if info.scope == "function call":
+            connect(current_celery_app(f"celery_app.{self._name}"))
+        else:
+            # A scan looks at what the module has; the handler may be hidden, or take no attribute.
+            info.globals[f"_celery_handler_{id(connect)}"] = connect
+        return handler
+
+
+def _connect_found(scanner: Any, connect: Callable[[PyramidCelery], None]) -> None:
+    config = scanner.config
+    if hasattr(scanner, "add_celery_task"):  # while actions are executed, see _scan_imports()
+        connect(get_celery_app(config.registry))
+    else:
+        # Not before, because config.scan() may come before the include.
+        config.action(None, lambda: connect(get_celery_app(config.registry)))
+
+
 class _CurrentCeleryApp(Proxy):
-    """The Celery app of the current application; its ``task`` is our decorator."""
+    """The Celery app of the current application; modules can declare with it before there is one.
+
+    Its ``task`` is our decorator. Whatever looks at what a module has, such as a scan, does not
+    make it look for the application.
+    """
 
     task = staticmethod(task)
+    Task = Task
+    on_after_configure = _SignalProxy("on_after_configure")
+    on_after_finalize = _SignalProxy("on_after_finalize")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and not hasattr(PyramidCelery, name):
+            raise AttributeError(name)
+        return getattr(current_celery_app(f"celery_app.{name}"), name)
 
 
 #: The current application's Celery app: ``@celery_app.task(...)``, ``-A ws_celery.celery_app``.

@@ -16,7 +16,7 @@ from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
 
 from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, tell
-from ws_celery.exceptions import Duplicate, Skipped
+from ws_celery.exceptions import ConfigurationError, Duplicate, Skipped
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
@@ -71,7 +71,21 @@ class PyramidFixup:
 
 
 class PyramidLoader(AppLoader):
-    """Celery's hook into each run; a signal that nobody waits for would cost more than this."""
+    """Celery's hooks into an app's configuration, and into each run.
+
+    A signal that nobody waits for would cost more than the latter.
+    """
+
+    def read_configuration(self, **_: Any) -> Any:
+        """Refuse: Celery asks for it if something uses the app before it is configured.
+
+        :raises ConfigurationError: always; Celery's defaults would be another broker.
+        """
+        raise ConfigurationError(
+            "The Celery app is used before the application's configuration is committed, so that "
+            "it has no settings and no tasks yet. Connect to on_after_configure or "
+            "on_after_finalize, or use it in a function that is called later."
+        )
 
     def on_task_init(self, task_id: str, task: Any) -> None:
         """Remember when a run begins, if anybody wants to know of its end."""

@@ -266,7 +266,8 @@ def celery_app_of() -> Callable[[Site], Any]:
 
     @contextmanager
     def load(site: Site) -> Iterator[Any]:
-        with PyramidCelery(Registry(), resolve(read_file(str(site.ini)))) as app:
+        with PyramidCelery(Registry()) as app:
+            app.configure(resolve(read_file(str(site.ini))))
             yield app
 
     return load

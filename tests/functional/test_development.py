@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import uuid
 from functools import partial
 from pathlib import Path
 
@@ -222,3 +223,71 @@ def test_closing_the_terminal_lets_the_running_task_finish(demo, wait_for):
     assert demo.ends() == 0
     assert nothing_left(family)
     assert "succeeded" in demo.text[demo.text.index("Stopping") :]
+
+
+IN_CODE = """
+import os
+from pyramid.config import Configurator
+from ws_celery import celery_app
+
+@celery_app.task(name="one")
+def one(request): ...
+
+@celery_app.on_after_finalize.connect
+def declare(sender, **kwargs):
+    sender.add_periodic_task(3600.0, one.s(), name="hourly")
+
+def main(global_config, **settings):
+    with open(os.environ["LOADED"], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    config = Configurator(settings=settings)
+    config.include("ws_celery")
+    config.configure_celery(broker_url=settings["broker"], task_default_queue=settings["queue"])
+    config.scan(__name__)
+    return config.make_wsgi_app()
+"""
+
+
+@pytest.fixture
+def site_in_code(tmp_path, redis_url):
+    """An application that is not installed, with its Celery settings in code."""
+    (tmp_path / "site_in_code.py").write_text(IN_CODE)
+    ini = tmp_path / "site.ini"
+    ini.write_text(
+        "[app:main]\nuse = call:site_in_code:main\n"
+        f"broker = {redis_url}\nqueue = test-{uuid.uuid4()}\n"
+        "[server:main]\nuse = egg:waitress#main\nlisten = 127.0.0.1:%(http_port)s\n"
+    )
+    return ini
+
+
+def test_dev_loads_an_application_with_its_settings_in_code_once_in_each_process(
+    start, site_in_code, free_port, tmp_path
+):
+    loaded = tmp_path / "loaded"
+    dev = start(
+        "dev",
+        *("--ini", str(site_in_code), "--ini-var", f"http_port={free_port}"),
+        PYTHONPATH=str(tmp_path),
+        LOADED=str(loaded),
+    )
+    dev.says(f"Open http://127.0.0.1:{free_port}/")
+    dev.says(" is starting.")
+    pids = loaded.read_text().split()
+
+    assert len(pids) == 4, "dev, which asks for the broker, worker, beat and web"
+    assert len(set(pids)) == 4
+
+
+def test_dev_finds_no_application_of_the_current_directory_either(
+    start, site_in_code, free_port, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with site_in_code.open("a") as file:
+        file.write("[celery]\nbroker_url = redis://127.0.0.1:1/0\n")
+    dev = start("dev", "--ini", "site.ini", "--ini-var", f"http_port={free_port}", PYTHONPATH="")
+
+    assert dev.ends() == 2
+    assert "worker | Error: " in dev.text
+    assert "No module named 'site_in_code'" in dev.text
+    assert "`pip install -e .`" in dev.text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 import pytest
 
-from ws_celery.cli.arguments import Options, take_ini_uri
+from ws_celery.cli import main_group
+from ws_celery.cli.arguments import Options, options_given, take_ini_uri
 
 GROUP = click.Group(
     "outbox",
@@ -18,8 +19,10 @@ COMMANDS = {"worker": click.Command("worker"), "call": click.Command("call"), "o
 
 
 def take(*arguments, ini=None, ini_vars=None):
+    """Take the INI out of a command line that begins with the command."""
     options = Options(ini, dict(ini_vars or {}))
-    return take_ini_uri(options, list(arguments), COMMANDS), options
+    command, *rest = arguments
+    return [command, *take_ini_uri(options, COMMANDS[command], rest)], options
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,8 @@ def take(*arguments, ini=None, ini_vars=None):
         (["worker", "a.ini#shop", "-l", "info"], ["worker", "-l", "info"]),
         (["call", "a.ini#shop", "task"], ["call", "task"]),
         (["outbox", "list", "a.ini#shop", "--all"], ["outbox", "list", "--all"]),
-        (["-q", "worker", "a.ini#shop"], ["-q", "worker"]),
+        (["worker", "-A", "ws_celery", "a.ini#shop"], ["worker", "-A", "ws_celery"]),
+        (["worker", "--ini-var=a=b", "a.ini#shop"], ["worker", "--ini-var=a=b"]),
     ],
 )
 def test_an_ini_after_the_command_is_taken(arguments, left):
@@ -47,8 +51,7 @@ def test_an_ini_after_the_command_is_taken(arguments, left):
         ["outbox"],
         ["worker", "--logfile", "a.ini"],
         ["worker"],
-        ["a.ini", "worker"],
-        [],
+        ["worker", "-l", "info", "a.ini"],
     ],
 )
 def test_other_words_are_left_alone(arguments):
@@ -72,3 +75,23 @@ def test_with_an_option_for_the_file_nothing_is_taken():
 
     assert rest == ["call", "a.ini"]
     assert options.ini == "b.ini"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        (["worker", "-P", "gevent", "-B"], {"pool": "gevent", "beat": True}),
+        (["worker", "-n", "--beat", "-l", "check"], {"hostname": "--beat", "loglevel": "check"}),
+        (["worker", "--own", "x", "--ini", "a.ini"], {"ini": "a.ini"}),
+        (["shell", "-B"], {"bpython": True}),
+        (["call", "task", "--", "--ini", "a.ini"], {}),
+        (["outbox", "list", "--ini=a.ini", "--all"], {"ini": "a.ini", "which": "all"}),
+        (["queues", "peek", "--help"], {"help": True}),
+    ],
+)
+def test_only_what_click_takes_for_an_option_is_one(arguments, given):
+    command, *rest = arguments
+    found = options_given(main_group().commands[command], rest)
+
+    assert {name: value for name, value in found.items() if name in given} == given
+    assert ("ini" in found) == ("ini" in given)

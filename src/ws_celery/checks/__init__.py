@@ -6,7 +6,7 @@ modules; ``report`` is what they find.
 
 from __future__ import annotations
 
-from ws_celery.checks.examination import examine
+from ws_celery.checks.examination import examine, explanation
 from ws_celery.checks.report import Finding, Report, shown
 
-__all__ = ("Finding", "Report", "examine", "shown")
+__all__ = ("Finding", "Report", "examine", "explanation", "shown")

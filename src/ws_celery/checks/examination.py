@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
+from configparser import Error as ParserError
 from configparser import InterpolationError
 
-from pyramid.exceptions import ConfigurationExecutionError
+from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import get_celery_app, load_registry
 from ws_celery.checks.application import look_at_application
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
-from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded
+from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded, WsCeleryError
 from ws_celery.masking import masked_text
 from ws_celery.settings import WITHOUT_EFFECT, Configuration, survey
 from ws_celery.settings.interpolation import interpolation_problem
 
-__all__ = ("examine",)
+__all__ = ("examine", "explanation")
 
 
 def examine(config_uri: str) -> Report:
@@ -28,7 +30,8 @@ def examine(config_uri: str) -> Report:
 
     :param config_uri: what plaster takes.
     """
-    configuration, faults = survey(config_uri)
+    # What is needed and missing, the application may set in code.
+    configuration, faults = survey(config_uri, need_broker=False)
     report = Report(config_uri, configuration.rows)
     report.findings += map(_fault, faults)
     report.findings += _spellings(configuration)
@@ -81,15 +84,46 @@ def _load(config_uri: str, report: Report) -> PyramidCelery | None:
         if isinstance(cause, ConfigurationError):
             report.findings += map(_fault, cause.faults)
         else:
-            report.findings.append(Finding(ERROR, "application", _reason(cause, config_uri)))
+            reason = f"{type(cause).__name__}: {masked_text(str(cause))}"
+            explained = explanation(error, config_uri)
+            text = str(explained or f"the application cannot be loaded ({reason})")
+            report.findings.append(Finding(ERROR, "application", text))
     return None
 
 
-def _reason(error: BaseException, config_uri: str) -> str:
+def explanation(error: Exception, config_uri: str) -> WsCeleryError | None:
+    """Return what to say of an error, or ``None`` if it is the application's own."""
+    if isinstance(error, ConfigurationExecutionError) and isinstance(error.evalue, WsCeleryError):
+        error = error.evalue
     if isinstance(error, NotIncluded):
-        return str(NotIncluded(f"The application in {config_uri}"))
+        return NotIncluded(f"The application in {config_uri}")
+    if isinstance(error, WsCeleryError):
+        return error
+    if isinstance(error, ConfigurationConflictError):
+        return ConfigurationError(f"{config_uri}: {error}")
     if isinstance(error, InterpolationError):
-        # Its own text has a part of the value.
-        return f"[{error.section}] {error.option}: {interpolation_problem(error)}"
-    reason = f"{type(error).__name__}: {masked_text(str(error))}"
-    return f"the application cannot be loaded ({reason})"
+        # Its own text shows a part of the value, which may be a password.
+        return ConfigurationError(
+            f"{config_uri}: [{error.section}] {error.option}: {interpolation_problem(error)}"
+        )
+    if isinstance(error, (ParserError, UnicodeDecodeError)):
+        _, faults = survey(config_uri, need_broker=False)
+        return ConfigurationError(*faults) if faults else None
+    if isinstance(error, (ImportError, AttributeError)) and _raised_by_paste(error):
+        return ConfigurationError(
+            f"{config_uri}: the application cannot be found ({error}). Install it, with "
+            "`pip install -e .` in its directory, and name it in its section by `use`, such as "
+            "`use = egg:myapp` or `use = call:myapp:main`."
+        )
+    if isinstance(error, LookupError) and _raised_by_paste(error):
+        return ConfigurationError(
+            f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
+        )
+    return None
+
+
+def _raised_by_paste(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    callers = [name for name in modules if not name.startswith(("importlib", "pkg_resources"))]
+    return bool(callers) and callers[-1].startswith("paste.deploy")

@@ -1,16 +1,18 @@
-"""What ``ws-celery`` takes from the command line before Celery sees it."""
+"""What the words of a command line say of the application, as click reads them."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import click
 
 from ws_celery.exceptions import ConfigurationError
 
-__all__ = ("Options", "command_of", "take_ini_uri", "take_options")
+__all__ = ("Options", "looks_like_ini", "options_given", "take_ini_uri")
 
 #: Spellings of ``-A`` that name the application of the INI, which is the only one there is.
 _OUR_APP = ("ws_celery", "ws_celery.celery_app", "ws_celery:celery_app")
@@ -18,9 +20,10 @@ _OUR_APP = ("ws_celery", "ws_celery.celery_app", "ws_celery:celery_app")
 #: ``app.ini`` or ``app.ini#name``, and what may follow it: ``key=value``.
 _INI_URI = re.compile(r"[^-].*\.ini(#[\w.-]*)?")
 _VARIABLE = re.compile(r"[A-Za-z_][\w.-]*=.*", re.DOTALL)
+_BETWEEN = re.compile(r"(-A|--app|--ini-var)(?P<value>.*)", re.DOTALL)
 
 #: Options of Celery that would name another configuration than the INI's.
-_NOT_OURS = ("--config", "--loader")
+_NOT_OURS = ("config", "loader")
 
 
 @dataclass
@@ -34,64 +37,70 @@ class Options:
     ini: str | None = None
     ini_vars: dict[str, str] = field(default_factory=dict)
 
+    def take(self, given: Mapping[str, Any]) -> None:
+        """Take what one part of the command line says, which beats the parts before it.
 
-def take_options(arguments: list[str]) -> tuple[Options, list[str]]:
-    """Take ``--ini``, ``--ini-var`` and ``-A`` out of the arguments, in any place before a ``--``.
+        :param given: values of options by name, not converted.
+        :raises ConfigurationError: if another app or configuration than the INI's is asked for.
+        """
+        for name in _NOT_OURS:
+            if given.get(name) is not None:
+                raise ConfigurationError(
+                    f"--{name}: the configuration comes from the INI file. Leave --{name} out."
+                )
+        for name in ("app", "ini"):
+            if str(given.get(name)).startswith("-"):
+                raise ConfigurationError(f"--{name} needs a value before {given[name]}.")
+        app = given.get("app")
+        if app is not None and app.removeprefix("=") not in _OUR_APP:
+            raise ConfigurationError(
+                f"-A {app}: the application comes from the INI file. "
+                f"Leave -A out, or write -A {_OUR_APP[1]}."
+            )
+        self.ini = given.get("ini") or self.ini
+        for text in given.get("ini_var") or ():
+            self.ini_vars.update(_variables(text))
 
-    :return: the options, and the arguments that are left.
-    :raises ConfigurationError: if one has no value, or another app or configuration than the INI's
-        is asked for.
+
+def options_given(
+    command: click.Command, arguments: list[str], parent: click.Context | None = None
+) -> dict[str, Any]:
+    """Return the options that the words after a command give it, by name; no value is converted.
+
+    Click tells what is an option and what the value of another one. Options that it does not know
+    yet are left alone: an application may add some of its own.
     """
-    options, rest = Options(), []
-    words = iter(arguments)
-    for word in words:
-        if word == "--":
-            rest += [word, *words]
-            break
-        name, glued, value = _split(word)
-        if name in _NOT_OURS:
-            raise ConfigurationError(
-                f"{name}: the configuration comes from the INI file. Leave {name} out."
-            )
-        if name not in ("--ini", "--ini-var", "--app", "-A"):
-            rest.append(word)
-            continue
-        text = value if glued else next(words, None)
-        if not text or (not glued and text.startswith("-")):
-            raise ConfigurationError(f"{name} needs a value.")
-        if name == "--ini":
-            options.ini = text
-        elif name == "--ini-var":
-            options.ini_vars.update(_variables(text))
-        elif text not in _OUR_APP:
-            raise ConfigurationError(
-                f"{name} {text}: the application comes from the INI file. "
-                f"Leave {name} out, or write {name} {_OUR_APP[1]}."
-            )
-    return options, rest
+    settings = {**command.context_settings, "ignore_unknown_options": True}
+    context = click.Context(command, parent, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Celery's events has -d twice
+        parser = command.make_parser(context)
+    given, rest, _ = parser.parse_args(list(arguments))
+    help_option = command.get_help_option(context)
+    if help_option is not None and help_option.name in given:  # click gives it a name of its own
+        given["help"] = True
+    if isinstance(command, click.Group) and rest:
+        inner = command.get_command(context, rest[0])
+        given.update(options_given(inner, rest[1:], context) if inner else {})
+    return dict(given)
 
 
-def take_ini_uri(
-    options: Options, arguments: list[str], commands: Mapping[str, click.Command]
-) -> list[str]:
+def take_ini_uri(options: Options, command: click.Command, arguments: list[str]) -> list[str]:
     """Take ``app.ini#name key=value`` where Pyramid's scripts have it: right after the command.
 
     After a command of a group only if that takes no arguments of its own: they may end in ``.ini``
     as well. With ``--ini`` nothing is taken.
 
     :param options: is given what is found.
+    :param arguments: what comes after the command.
     :return: the arguments that are left.
     """
-    start = command_of(arguments, commands)
-    if options.ini or start is None:
-        return arguments
-    place = start + 1
-    command = commands[arguments[start]]
+    place = _past_our_options(arguments, 0)
     if isinstance(command, click.Group) and place < len(arguments):
         inner = command.commands.get(arguments[place])
         if inner and not any(isinstance(each, click.Argument) for each in inner.params):
-            place += 1
-    if place >= len(arguments) or not _INI_URI.fullmatch(arguments[place]):
+            place = _past_our_options(arguments, place + 1)
+    if options.ini or place >= len(arguments) or not looks_like_ini(arguments[place]):
         return arguments
     options.ini = arguments[place]
     end = place + 1
@@ -102,9 +111,16 @@ def take_ini_uri(
     return arguments[:place] + arguments[end:]
 
 
-def command_of(arguments: list[str], commands: Mapping[str, click.Command]) -> int | None:
-    """Return the place of the command among the arguments, or ``None``."""
-    return next((place for place, word in enumerate(arguments) if word in commands), None)
+def _past_our_options(arguments: list[str], place: int) -> int:
+    """Return the place after ``-A`` and ``--ini-var``, which may come between."""
+    while place < len(arguments) and (match := _BETWEEN.fullmatch(arguments[place])):
+        place += 1 if match["value"] else 2
+    return place
+
+
+def looks_like_ini(word: str) -> bool:
+    """Tell whether a word is an INI file, perhaps with the name of an application in it."""
+    return _INI_URI.fullmatch(word) is not None
 
 
 def _variables(text: str) -> dict[str, str]:
@@ -115,10 +131,3 @@ def _variables(text: str) -> dict[str, str]:
             # The value is not shown: it may be a password.
             raise ConfigurationError("--ini-var needs NAME=VALUE, or several with commas between.")
     return {name: value for name, _, value in pairs}
-
-
-def _split(word: str) -> tuple[str, bool, str]:
-    if word.startswith("-A") and len(word) > 2:
-        return "-A", True, word[2:].removeprefix("=")
-    name, equals, value = word.partition("=")
-    return name, bool(equals), value

@@ -16,19 +16,26 @@ from typing import Any
 import click
 import hupper
 import plaster
+from paste.deploy.loadwsgi import ConfigLoader
 
-from ws_celery.applications import INI_VARIABLE, load_registry
-from ws_celery.cli.application import READY_VARIABLE, find_ini
+from ws_celery.applications import INI_VARIABLE, get_celery_app, load_registry
+from ws_celery.cli.application import READY_VARIABLE, explaining, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.settings import ini_variables, read_configuration
+from ws_celery.settings import Configuration, ini_variables, read_configuration
 
 __all__ = ("demo", "dev")
 
 #: Seconds that a reload waits for running tasks before it kills.
 _RELOAD_PATIENCE = 60.0
+
+#: pserve as its console script runs it: without the current directory among the places of modules.
+_PSERVE = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from pyramid.scripts.pserve import main; sys.exit(main())"
+)
 
 _DEMO_INI = Path(__file__).parent.parent / "demo" / "demo.ini"
 _DEMO_LISTEN = "listen = 127.0.0.1:6543"
@@ -101,7 +108,7 @@ def _run(config_uri: str) -> int:
             _program("beat", config_uri),
             Program(
                 "web",
-                (sys.executable, "-m", "pyramid.scripts.pserve", config_uri, *_variables()),
+                (sys.executable, "-c", _PSERVE, config_uri, *_variables()),
                 ready=lambda: _accepts(host, port),
                 stop_signal=signal.SIGINT,  # what pserve takes for a wish to finish
             ),
@@ -126,7 +133,7 @@ def _broker_program(config_uri: str) -> Iterator[Program]:
 
 
 def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
-    url = read_configuration(config_uri).settings.get("broker_url")
+    url = _broker_url(config_uri)
     if not isinstance(url, str) or not url.startswith(SCHEME):
         return None
     broker = EmbeddedBroker.from_url(url)
@@ -138,14 +145,25 @@ def _embedded_broker(config_uri: str) -> EmbeddedBroker | None:
     return broker
 
 
+def _broker_url(config_uri: str) -> Any:
+    configuration: Configuration | None = read_configuration(config_uri, need_broker=False)
+    if configuration is not None and "broker_url" not in configuration.settings:
+        with explaining(config_uri):  # only the application knows: it may be set in code
+            configuration = get_celery_app(load_registry(config_uri)).configuration
+    return configuration and configuration.settings.get("broker_url")
+
+
 def _address(config_uri: str) -> tuple[str, int]:
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
-    if "server:main" not in loader.get_sections():
+    # As pserve reads it: here [DEFAULT] beats what the command line says.
+    loader = ConfigLoader(plaster.parse_uri(config_uri).path)
+    loader.update_defaults(ini_variables(), overwrite=False)
+    if not loader.parser.has_section("server:main"):
         raise ConfigurationError(
             f"{config_uri}: the section [server:main] is missing; it says where the web server "
             "listens. With waitress: `use = egg:waitress#main` and `listen = 127.0.0.1:6543`."
         )
-    settings = loader.get_settings("server:main")
+    with explaining(config_uri):
+        settings = dict(loader.parser.items("server:main"))
     if "listen" in settings:
         host, _, port = settings["listen"].partition(" ")[0].rpartition(":")
     else:
@@ -167,7 +185,8 @@ def _accepts(host: str, port: int) -> bool:
 def _watch_code(config_uri: str) -> None:
     hupper.get_reloader().watch_files([plaster.parse_uri(config_uri).path])
     # Imports the application, so that its modules are watched too.
-    load_registry(config_uri)
+    with explaining(config_uri):
+        load_registry(config_uri)
 
 
 @contextmanager

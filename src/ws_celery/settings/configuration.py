@@ -99,7 +99,7 @@ def read_configuration(
     :param app_settings: Pyramid's settings, for ``celery.*`` and ``ws_celery.*``; those of the
         file's ``[app:...]`` section if not given.
     :param overrides: options from code, by name; they beat what is in files.
-    :param need_broker: whether it is a fault if there is no broker.
+    :param need_broker: whether it is a fault if there is no broker, or no section [celery].
     :raises ConfigurationError: with all that is wrong.
     """
     configuration, faults = survey(config_uri, app_settings, overrides, need_broker=need_broker)
@@ -123,7 +123,7 @@ def survey(
     module, told = celeryconfig(own, faults)
     layers = [*code(overrides), *(layers or [own]), *module]
     sections = Sections(layers, faults)
-    if config_uri and readable and _lacks_celery(layers, faults):
+    if need_broker and config_uri and readable and _lacks_celery(layers, faults):
         faults.append(Fault(f"the section [celery] is missing. {_REMEDY}", config_uri))
     settings = sections.settings
     changed = obey_environment(settings, sections.rows, faults)
