@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from celery import Celery
 from celery.app.backends import by_url
+from celery.app.task import Context
 from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
 from zope.interface import implementer
@@ -27,11 +29,13 @@ from ws_celery.logs import set_up_logging
 from ws_celery.masking import masked_text
 from ws_celery.propagation import Propagation
 from ws_celery.publishing import Publisher
-from ws_celery.request import HEADER, calling_request, description_of
+from ws_celery.request import HEADER, calling_request, description_of, failing
 from ws_celery.settings import Configuration, our_setting
 from ws_celery.transactions import Transactions
 
 __all__ = ("PyramidCelery",)
+
+log = logging.getLogger(__name__)
 
 #: What the positional arguments of ``send_task`` after name, args and kwargs are called.
 _POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]
@@ -228,13 +232,17 @@ class PyramidCelery(Celery):
         backend = super()._get_backend() if self.eager is None else MemoryBackend(self)
         on_task_call = backend.on_task_call
 
-        def unless_recording(producer: Any, task_id: str) -> None:
+        def unless_recording(producer: Any, task_id: str) -> Any:
             # It would contact the result backend at the call: a SUBSCRIBE for each task, and 19 s
             # of waiting for a Redis that is down. AsyncResult.get() subscribes by itself.
-            if not isinstance(producer, RecordingProducer):
-                on_task_call(producer, task_id)
+            said = (
+                None if isinstance(producer, RecordingProducer) else on_task_call(producer, task_id)
+            )
+            return said or {}  # Signature.election() takes it for a mapping
 
         backend.on_task_call = unless_recording
+        # Celery has no other place from which it calls a task like a function.
+        backend._call_task_errbacks = _telling_tasks(backend._call_task_errbacks)
         return backend
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -250,6 +258,22 @@ def _in_spawned_child() -> PyramidCelery:
     if config_uri := os.environ.get(INI_VARIABLE):
         set_up_logging(config_uri)
     return current_celery_app("the worker")
+
+
+def _telling_tasks(call: Callable[..., None]) -> Callable[..., None]:
+    """Let callbacks for errors know that they are called as such, and end nothing by their own."""
+
+    def call_errbacks(request: Context, exc: BaseException, traceback: str | None) -> None:
+        try:
+            with failing(request):
+                call(request, exc, traceback)
+        except Exception:
+            # It would take the place of the task's error, and nobody would be told of that.
+            log.exception(
+                "The callbacks for the error of %s[%s] have failed", request.task, request.id
+            )
+
+    return call_errbacks
 
 
 def _keep_at_hand(source: Any, **_: Any) -> None:
