@@ -18,7 +18,7 @@ from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
 from zope.interface import implementer
 
-from ws_celery.applications import INI_VARIABLE, current_celery_app
+from ws_celery.applications import INI_VARIABLE, answer_celery, current_celery_app
 from ws_celery.arguments import blame_argument
 from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.eager import EagerWorker, MemoryBackend
@@ -53,7 +53,8 @@ _ASKED_OFTEN = (
 class PyramidCelery(Celery):
     """A Celery app that belongs to one Pyramid registry and obeys its transactions.
 
-    It is never Celery's global current app: two Pyramid applications in one process keep apart.
+    It is Celery's current app while a request or a run of its application is on: two Pyramid
+    applications in one process keep apart.
 
     :param registry: the owner.
     :param settings: Celery's settings by their lower-case names, typed.
@@ -106,6 +107,7 @@ class PyramidCelery(Celery):
             loader="ws_celery.lifecycle:PyramidLoader",
             **options,
         )
+        answer_celery()
         self.steps["consumer"].add("ws_celery.consumer:OnRedis")
         self.on_after_configure.connect(_keep_at_hand)
         self.config_from_object(settings)
