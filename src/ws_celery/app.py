@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 from celery import Celery
 from celery.app.backends import by_url
+from celery.app.task import Context
 from celery.utils.dispatch import Signal
 from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
 from zope.interface import implementer
 
-from ws_celery.applications import INI_VARIABLE, current_celery_app
+from ws_celery.applications import INI_VARIABLE, answer_celery, current_celery_app
 from ws_celery.arguments import blame_argument
 from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.eager import EagerWorker, MemoryBackend
@@ -29,12 +31,14 @@ from ws_celery.logs import set_up_logging
 from ws_celery.masking import masked_text
 from ws_celery.propagation import Propagation
 from ws_celery.publishing import Publisher
-from ws_celery.request import HEADER, calling_request, description_of
+from ws_celery.request import HEADER, calling_request, description_of, failing
 from ws_celery.results import fit
 from ws_celery.settings import Configuration, our_setting
 from ws_celery.transactions import Transactions
 
 __all__ = ("PyramidCelery",)
+
+log = logging.getLogger(__name__)
 
 #: What the positional arguments of ``send_task`` after name, args and kwargs are called.
 _POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]
@@ -52,9 +56,10 @@ _ASKED_OFTEN = (
 class PyramidCelery(Celery):
     """A Celery app that belongs to one Pyramid registry and obeys its transactions.
 
-    It is never Celery's global current app: two Pyramid applications in one process keep apart.
-    It is there from the include on, for handlers to connect to, and of use when the application's
-    configuration is committed: after :meth:`configure` and :meth:`complete`.
+    It is Celery's current app while a request or a run of its application is on: two Pyramid
+    applications in one process keep apart. It is there from the include on, for handlers to connect
+    to, and of use when the application's configuration is committed: after :meth:`configure` and
+    :meth:`complete`.
 
     :param registry: the owner.
     """
@@ -94,6 +99,7 @@ class PyramidCelery(Celery):
             loader="ws_celery.lifecycle:PyramidLoader",
             **options,
         )
+        answer_celery()
         self.steps["consumer"].add("ws_celery.consumer:OnRedis")
         self.on_after_configure = _SignalOfApplication(name="app.on_after_configure")
         self.on_after_finalize = _SignalOfApplication(name="app.on_after_finalize")
@@ -249,6 +255,8 @@ class PyramidCelery(Celery):
     def _get_backend(self) -> Any:
         backend = super()._get_backend() if self.eager is None else MemoryBackend(self)
         fit(self, backend)
+        # Celery has no other place from which it calls a task like a function.
+        backend._call_task_errbacks = _telling_tasks(backend._call_task_errbacks)
         return backend
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -294,6 +302,22 @@ def _in_spawned_child() -> PyramidCelery:
     if config_uri := os.environ.get(INI_VARIABLE):
         set_up_logging(config_uri)
     return current_celery_app("the worker")
+
+
+def _telling_tasks(call: Callable[..., None]) -> Callable[..., None]:
+    """Let callbacks for errors know that they are called as such, and end nothing by their own."""
+
+    def call_errbacks(request: Context, exc: BaseException, traceback: str | None) -> None:
+        try:
+            with failing(request):
+                call(request, exc, traceback)
+        except Exception:
+            # It would take the place of the task's error, and nobody would be told of that.
+            log.exception(
+                "The callbacks for the error of %s[%s] have failed", request.task, request.id
+            )
+
+    return call_errbacks
 
 
 def _prepare_lookups(source: Any, **_: Any) -> None:

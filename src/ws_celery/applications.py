@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Mapping
-from threading import RLock
+from threading import RLock, local
 from typing import TYPE_CHECKING, Any
 
 import plaster
 import transaction
+from celery import Celery, _state
 from paste.deploy.loadwsgi import ConfigLoader
 from plaster_pastedeploy import Loader as PasteDeployLoader
 from pyramid.config import global_registries
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "INI_VARIABLE",
+    "answer_celery",
     "app_if_loaded",
     "current_celery_app",
     "get_celery_app",
@@ -172,3 +174,55 @@ def _with_variables(loader: PasteDeployLoader, variables: Mapping[str, str]) -> 
     config.update_defaults({key: value.replace("%", "%%") for key, value in variables.items()})
     global_conf = {**loader.uri.options, **variables}
     return config.get_app(loader.uri.fragment or "main", global_conf)
+
+
+def answer_celery() -> None:
+    """Let Celery ask Pyramid which app is current, for ``shared_task``, ``signature("name")``.
+
+    From now on, in this process, Celery's current app is that of the current request, be it of the
+    web, a bootstrap, a shell or a run; without one it is what Celery was told by ``set_current()``,
+    else the only application that is loaded, else Celery's default. Nothing is loaded.
+    """
+    # Celery has no public way to ask for the current app anew in each thread at each look.
+    if not isinstance(_state._tls, _CurrentApp):
+        _state._tls = _CurrentApp(_state._tls)
+
+
+class _CurrentApp:
+    """Stands in the place of Celery's thread-local that keeps the current app.
+
+    :param told: that thread-local.
+    """
+
+    def __init__(self, told: local) -> None:
+        self._told = told
+
+    @property
+    def current_app(self) -> Celery | None:
+        request = calling_request()
+        if request is not None:
+            return _app_of(getattr(request, "registry", None)) or self._told.current_app
+        found = _app_of_the_transaction() or _app_of(_configured_registry())
+        return found or self._told.current_app or _only_app()
+
+    @current_app.setter
+    def current_app(self, app: Celery | None) -> None:
+        self._told.current_app = app
+
+
+def _app_of(registry: Registry | None) -> PyramidCelery | None:
+    found: PyramidCelery | None = None
+    if registry is not None:
+        found = registry.queryUtility(ICeleryApp)
+    return found
+
+
+def _configured_registry() -> Registry | None:
+    # While one is being configured, venusian looks at each shared task: its app would be finalized.
+    registry = threadlocals.get()["registry"]
+    return registry if registry in global_registries else None
+
+
+def _only_app() -> PyramidCelery | None:
+    apps = [app for registry in global_registries if (app := _app_of(registry))]
+    return apps[0] if len(apps) == 1 else None

@@ -24,6 +24,7 @@ from ws_celery.exceptions import ConfigurationError, TaskNotRegistered
 from ws_celery.locks import apply_option, check_rule
 from ws_celery.masking import masked
 from ws_celery.request import calling, split_request
+from ws_celery.signatures import without_request
 from ws_celery.transactional import TransactionalTask
 
 __all__ = (
@@ -58,6 +59,9 @@ class TaskProxy:
         self._target = apply_option(target, self._options.pop("one_instance", None))
         #: File, line, function and source of the decorator, as Pyramid reports conflicts.
         self.place: tuple[str, int, str, str] | None = None
+        if not inspect.isclass(target) and getattr(self.base, "takes_request", False):
+            bound = bool(self._options.get("bind"))
+            self.__wrapped__ = without_request(target, int(bound), bound=bound)
 
     @property
     def name(self) -> str:
@@ -105,6 +109,11 @@ class TaskProxy:
         # A class of its own for each app: Celery keeps the app on the class.
         namespace = {**options, "__module__": self.__module__, "__doc__": self.__doc__}
         return app.register_task(type(self._target.__name__, (self._target,), namespace)())
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # As Celery's own proxies have it, for isinstance(): autodoc asks whether it is a task.
+        return self.base
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._of(args, kwargs)(*args, **kwargs)

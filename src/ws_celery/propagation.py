@@ -138,6 +138,10 @@ class Propagation:
         settings = registry.settings or {}
         #: Where URLs begin for a task that no web request has dispatched.
         self.base_url: str = our_setting(settings, "ws_celery.base_url", LOCALHOST)
+        #: Whether URLs begin there for all other tasks, too: a client chooses its Host header.
+        self.pinned: bool = our_setting(settings, "ws_celery.base_url.pin", default=False)
+        if self.pinned and "ws_celery.base_url" not in settings:
+            raise ConfigurationError(_nothing_to_pin())
         names = our_setting(settings, "ws_celery.propagate", _DEFAULT)
         self._used = _choose(names, {**PROPAGATORS, **dict(_registered(registry))})
 
@@ -148,9 +152,10 @@ class Propagation:
         """
         description: dict[str, Any] = {}
         # A script's request is nowhere, as one without a header: the worker knows better.
-        url = request.application_url
-        if url != LOCALHOST and _URL.fullmatch(url):
-            description["url"] = url
+        if not self.pinned:
+            url = request.application_url
+            if url != LOCALHOST and _URL.fullmatch(url):
+                description["url"] = url
         for name, propagator in self._used.items():
             value = propagator.capture(request)
             if value is not None:
@@ -159,7 +164,7 @@ class Propagation:
 
     def url(self, description: Mapping[str, Any]) -> str:
         """Return where the URLs of the task begin."""
-        return description.get("url") or self.base_url
+        return self.base_url if self.pinned else description.get("url") or self.base_url
 
     def restore(self, request: Any, description: Mapping[str, Any]) -> None:
         """Give the request of a task what this worker's ``ws_celery.propagate`` asks for."""
@@ -167,6 +172,16 @@ class Propagation:
             value = description.get(name)
             if value is not None:
                 propagator.restore(request, value)
+
+
+def _nothing_to_pin() -> Fault:
+    return Fault(
+        "there is no URL to pin",
+        section="app",
+        key="ws_celery.base_url.pin",
+        value="true",
+        expected="ws_celery.base_url beside it, such as https://shop.example.com",
+    )
 
 
 def _registered(registry: Registry) -> Iterable[tuple[str, Any]]:

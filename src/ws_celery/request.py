@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+from celery.app.task import Context
 from pyramid.interfaces import IRequest, IRequestFactory
 from pyramid.registry import Registry
 from pyramid.request import Request, apply_request_extensions
@@ -21,6 +22,8 @@ __all__ = (
     "calling",
     "calling_request",
     "description_of",
+    "failed_run",
+    "failing",
     "split_request",
     "task_request",
 )
@@ -29,6 +32,8 @@ __all__ = (
 HEADER = "ws_celery"
 
 _explicit: ContextVar[Any] = ContextVar("ws_celery_explicit_request", default=None)
+
+_failed: ContextVar[Context | None] = ContextVar("ws_celery_failed", default=None)
 
 
 def split_request(
@@ -67,6 +72,21 @@ def calling_request() -> Any:
     """Return the request on whose behalf the code runs: the one passed, else Pyramid's current."""
     request = _explicit.get()
     return get_current_request() if request is None else request
+
+
+@contextmanager
+def failing(context: Context | None) -> Iterator[None]:
+    """Say that Celery calls the callbacks of a run that has failed; ``None``: one is called."""
+    token = _failed.set(context)
+    try:
+        yield
+    finally:
+        _failed.reset(token)
+
+
+def failed_run() -> Context | None:
+    """Return Celery's context of the run whose callbacks for errors it calls, or ``None``."""
+    return _failed.get()
 
 
 def description_of(context: Any) -> dict[str, Any] | None:

@@ -28,7 +28,8 @@ def fit(app: PyramidCelery, backend: Any) -> None:
         # Redis would be contacted at the call: a SUBSCRIBE for each task, and 19 s of waiting if it
         # is down. AsyncResult.get() subscribes by itself.
         if not isinstance(producer, RecordingProducer):
-            return on_task_call(producer, task_id)
+            # Signature.election() takes what is returned for a mapping.
+            return on_task_call(producer, task_id) or {}
         producer.reply_queue = getattr(backend, "binding", None)  # rpc:// would declare it now
         return {}
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Any
 
 import transaction
 from celery import Task
+from celery.app import pop_current_task, push_current_task
+from celery.app.task import Context
 from celery.exceptions import Ignore
 from celery.result import GroupResult
-from celery.utils.functional import head_from_fun
 from transaction.interfaces import NoTransaction
 
 from ws_celery.bulk import apply_async_many
@@ -23,10 +23,13 @@ from ws_celery.request import (
     calling,
     calling_request,
     description_of,
+    failed_run,
+    failing,
     split_request,
     task_request,
 )
 from ws_celery.retries import arguments_of_retry
+from ws_celery.signatures import hide_request
 
 __all__ = ("RequestAwareTask",)
 
@@ -59,14 +62,7 @@ class RequestAwareTask(Task):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__header__" in cls.__dict__:
-            check = cls.__header__
-        elif "run" in cls.__dict__:
-            check = head_from_fun(cls.run, bound=True)
-        else:
-            return
-        # Celery checks a call's arguments against this header; the request is not among them.
-        cls.__header__ = staticmethod(partial(check, None))
+        hide_request(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place if a request is given, else as the worker does, with one of its own."""
@@ -81,20 +77,35 @@ class RequestAwareTask(Task):
         return self._run_alone(args, kwargs)
 
     def _run_for_celery(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an item of ``map()``, ``starmap()`` or ``chunks()``: Celery calls a function."""
-        caller = self.app.current_worker_task
-        if caller is None or caller.name not in _CALLERS:
+        """Run what Celery calls like a function: a callback for errors, an item of ``map()``."""
+        callers = list(self._callers())
+        if not callers:
             raise TypeError(
                 f"{self.name}() is called like a function, without a request. Pass the request "
                 f"first to run it in place, or use .delay() to send it."
             )
-        description = description_of(caller.request)
-        headers = {HEADER: description} if description else None
-        self.push_request(args=args, kwargs=kwargs, headers=headers, ws_celery_running=True)
+        description = next(filter(None, map(description_of, callers)), None)
+        context = {
+            "headers": {HEADER: description} if description else None,
+            "is_eager": callers[0].is_eager,
+            "ws_celery_running": True,
+        }
+        push_current_task(self)
+        self.push_request(args=args, kwargs=kwargs, **context)
         try:
-            return self._run_alone(args, kwargs)
+            with failing(None):
+                return self._run_alone(args, kwargs)
         finally:
             self.pop_request()
+            pop_current_task()
+
+    def _callers(self) -> Iterator[Context]:
+        """Tell for which runs Celery calls: the one that has failed, that of ``map()``; or none."""
+        failed, caller = failed_run(), self.app.current_worker_task
+        if failed is not None:
+            yield failed
+        if caller is not None and (failed is not None or caller.name in _CALLERS):
+            yield caller.request
 
     def _run_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run with the lock of ``@one_instance``, until after the transaction has ended."""

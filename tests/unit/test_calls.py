@@ -318,3 +318,22 @@ def test_an_eager_call_runs_at_once_with_a_request_of_its_own(make_app):
 
     assert eager.delay(request, 1).get() == 1
     assert seen != [request]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("backend", ["cache+memory://", "db+sqlite://"])
+def test_an_election_is_held_with_every_result_backend(make_app, backend, begun):
+    app = make_app(add, celery=f"result_backend = {backend}")
+    with app.celery.connection_for_read() as connection:
+        heard = app.celery.control.mailbox.get_queue("test")(connection)
+        heard.declare()
+        if begun:
+            transaction.begin()
+        result = app.celery.tasks["add"].s(1, 2).election()
+        transaction.abort()
+        election = heard.get(accept=["json"]).payload
+        heard.delete()
+
+    assert election["method"] == "election"
+    assert election["arguments"]["id"] == result.id
+    assert election["arguments"]["action"]["args"] == [1, 2]

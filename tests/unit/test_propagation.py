@@ -430,6 +430,52 @@ def test_the_host_of_a_request_travels(make_app, host):
     assert run(app, message) == f"http://{host}/my%20shop/home"
 
 
+PINNED = {
+    "ws_celery__base_url": "https://shop.example.com/shop",
+    "ws_celery__base_url__pin": "true",
+}
+
+
+def test_a_pinned_base_url_is_for_tasks_whatever_host_a_client_names(make_app):
+    def view(request):
+        link.delay()
+        return Response(request.route_url("home"))
+
+    def setup(config):
+        home(config)
+        config.add_view(view, route_name="home")
+
+    app = make_app(link, setup=setup, **PINNED)
+    assert app.web.get("/home", headers={"Host": "evil.example"}).text == "http://evil.example/home"
+    (message,) = app.sent()
+
+    assert "url" not in message.headers.get(HEADER, {})
+    assert run(app, message) == "https://shop.example.com/shop/home"
+
+
+def test_a_worker_with_a_pinned_base_url_believes_no_message(make_app):
+    app = make_app(link, setup=home, **PINNED)
+    link.apply_async(headers={HEADER: {"url": "http://evil.example", "locale": "de"}})
+    (message,) = app.sent()
+
+    assert run(app, message) == "https://shop.example.com/shop/home"
+
+
+def test_a_base_url_is_pinned_only_where_that_is_asked_for(make_app):
+    app = make_app(link, setup=home, **{**PINNED, "ws_celery__base_url__pin": "false"})
+    link.delay(app.request(HTTP_HOST="branch.example.com"))
+    (message,) = app.sent()
+
+    assert run(app, message) == "http://branch.example.com/home"
+
+
+def test_nothing_to_pin_ends_the_start(make):
+    with pytest.raises(
+        ConfigurationError, match=r"base_url\.pin.* no URL .*expected ws_celery\.base_url"
+    ):
+        make(ws_celery__base_url__pin="true")
+
+
 def test_base_url_may_come_from_the_environment(make, monkeypatch):
     monkeypatch.setenv("SHOP_URL", "https://shop.example.com")
 

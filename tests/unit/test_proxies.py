@@ -282,16 +282,6 @@ def test_a_class_serves_two_applications(make_app, write_module):
     assert [each.app for each in registered] == [app.celery for app in apps]
 
 
-def test_an_application_is_never_celerys_current_one(make_app):
-    from celery import _state
-
-    app = make_app(add)
-    add.delay(1)
-
-    assert _state._tls.current_app is not app.celery
-    assert _state.default_app is not app.celery
-
-
 def test_an_application_nobody_uses_any_more_is_forgotten(make_config):
     config = make_config()
     config.add_celery_task(add)

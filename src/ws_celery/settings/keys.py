@@ -210,6 +210,7 @@ OUR_SETTINGS: dict[str, Kind] = {
     ),
     "ws_celery.backup.timeout": replace(_PATIENCE, example="1h"),
     "ws_celery.base_url": BASE_URL,
+    "ws_celery.base_url.pin": BOOL,
     "ws_celery.commands": COMMANDS,
     "ws_celery.commands.timeout": replace(_PATIENCE, example="1h"),
     "ws_celery.beat": BOOL,
