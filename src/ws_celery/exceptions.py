@@ -6,6 +6,7 @@ command line prints it as it stands.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,6 +65,11 @@ __all__ = (
 
 class WsCeleryError(Exception):
     """Base of every error that ws_celery raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pool's child pickles it for the worker's main process, which ends if it cannot be read.
+        # Python would call __init__ with the finished message, and that takes other arguments.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -497,7 +503,7 @@ class Skipped(WsCeleryError, Ignore):
     """
 
     def __init__(self, task: str, task_id: str, key: str, holder: Any) -> None:
-        super().__init__(task, task_id, key, holder)  # as they are: it travels between processes
+        super().__init__(task, task_id, key, holder)
         self.key = key
         self.holder = holder
         self.reason = f"the lock {key!r} is held by {holder}"
@@ -524,7 +530,7 @@ class LockGone(WsCeleryError):
     """A run has lost its one-instance lock: another run with its key may have begun."""
 
     def __init__(self, task: str, task_id: str | None, key: str) -> None:
-        super().__init__(task, task_id, key)  # as they are: it travels between processes
+        super().__init__(task, task_id, key)
 
     def __str__(self) -> str:
         return (

@@ -9,9 +9,10 @@ from typing import Any
 
 import transaction
 from celery import Task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 from celery.result import GroupResult
 from celery.utils.functional import head_from_fun
+from celery.utils.serialization import get_pickleable_exception
 
 from ws_celery.bulk import apply_async_many
 from ws_celery.dispatch import ROW_HEADER, Publication, holding, immediately
@@ -76,7 +77,10 @@ class RequestAwareTask(Task):
         if context.called_directly or getattr(context, "ws_celery_running", False):
             return self._run_for_celery(args, kwargs)
         context.ws_celery_running = True
-        return self._run_alone(args, kwargs)
+        try:
+            return self._run_alone(args, kwargs)
+        except (Ignore, Reject) as error:
+            raise _readable(error) from error.__cause__
 
     def _run_for_celery(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an item of ``map()``, ``starmap()`` or ``chunks()``: Celery calls a function."""
@@ -245,3 +249,19 @@ class RequestAwareTask(Task):
     def _retries_by_commit(self, options: Any) -> bool:  # noqa: ARG002 - for the other class
         """Tell whether a retry is a dispatch like others, because the run goes on and commits."""
         return False
+
+
+def _readable(error: Ignore | Reject) -> Exception:
+    """Return what the worker's main process can unpickle; an error that it cannot ends its work.
+
+    Celery sees to that for failures, and not for what ends a run otherwise.
+    """
+    error.args = tuple(map(_picklable, error.args))
+    if isinstance(error, Reject):
+        error.reason = _picklable(error.reason)
+    readable: Exception = _picklable(error)
+    return readable
+
+
+def _picklable(value: Any) -> Any:
+    return get_pickleable_exception(value) if isinstance(value, Exception) else value
