@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import Column, Connection, String, Table, Uuid, inspect
+from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
 
 from ws_celery.exceptions import TableError
@@ -51,6 +52,8 @@ def _differences(table: Table, found: Mapping[str, Any]) -> Iterator[str]:
             yield f"the column {name} is missing"
         elif not _is_like(column, found[name]):
             yield f"the column {name} is {_described(found[name])}"
+        elif isinstance(found[name]["type"], mysql.TEXT):
+            yield f"the column {name} is TEXT, which ends at 64 KB, and not LONGTEXT"
     for name in found.keys() - table.columns.keys():
         yield f"the column {name} is unknown"
 

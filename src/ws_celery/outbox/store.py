@@ -13,6 +13,7 @@ from celery import Task
 from sqlalchemy import Connection
 
 from ws_celery.dispatch import ROW_HEADER, Publication, held_publications, holding
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.outbox.claim import Claim
 from ws_celery.outbox.database import Database
 from ws_celery.outbox.journal import Journal
@@ -54,6 +55,17 @@ class Outbox(Database):
         self._settlement = Settlement(self)
         if "worker_consumer" not in app.conf.table(with_defaults=False):
             app.conf.worker_consumer = f"{Reader.__module__}:{Reader.__name__}"
+
+    def _connect(self) -> Connection:
+        connection = super()._connect()
+        dialect = connection.dialect
+        if dialect.name == "mysql" and not getattr(dialect, "is_mariadb", True):
+            connection.close()
+            raise ConfigurationError(
+                "The outbox cannot be in a database of MySQL, which refuses a DELETE whose "
+                "subquery reads the same table. Use MariaDB 10.6 or later, PostgreSQL or SQLite."
+            )
+        return connection
 
     def set_defaults(self, task: Any) -> None:
         """Let the messages of a class of TransactionalTasks survive the worker that runs them.
