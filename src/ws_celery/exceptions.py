@@ -26,6 +26,7 @@ __all__ = (
     "Duplicate",
     "EntryRefused",
     "Fault",
+    "ForeignMessage",
     "LockGone",
     "LockHeld",
     "LocksUnavailable",
@@ -491,6 +492,19 @@ class NoSuchResult(WsCeleryError):
 class Duplicate(WsCeleryError, Ignore):
     """A message's effect is there already, or another run is at it; this run ends quietly."""
 
+
+class ForeignMessage(WsCeleryError, Ignore):
+    """A message belongs to another outbox, which keeps its row, and sends it again.
+
+    No ``Reject``: Celery would store that its task has failed.
+    """
+
+    def __init__(self, task: str, queue: str, owner: str, ours: str) -> None:
+        super().__init__(
+            f"{task} is not run: its row is in another outbox ({owner}) than that of this worker "
+            f"({ours}). Give each application queues of its own: both take their messages from "
+            f"the queue {queue!r}."
+        )
 
 class CutOff(WsCeleryError, Ignore):
     """A run has lost its database, and whether it has committed is open; its row is sent again."""

@@ -37,13 +37,14 @@ class Claim(Run):
         :param request: the request of the run.
         :param txn: the transaction of the run.
         :raises Duplicate: if it is not, or another run has it.
+        :raises ForeignMessage: if it is not, and the message is another outbox's.
         """
         rows = self._outbox.rows
         if self._late and self._task.request.expires is not None:
             self._outbox.begun(self._row_id)
         found = rows.is_there if self._late else rows.claim
         if not self._tell(found, request, txn):
-            raise self.duplicate("runs elsewhere, has run, or is a dead letter")
+            raise self.without_row("runs elsewhere, has run, or is a dead letter")
 
     def end(self, request: Any, txn: Any) -> None:
         """Claim the row if that was not done; the commit comes next.
@@ -51,10 +52,13 @@ class Claim(Run):
         :raises Duplicate: if another run has committed meanwhile.
         """
         if self._late and not self._tell(self._outbox.rows.claim, request, txn):
-            raise self.duplicate("has run elsewhere")
+            raise self.without_row("has run elsewhere")
 
     def _tell(self, statement: Any, request: Any, txn: Any) -> bool:
         session = self._outbox.session_of(request, self._task.name)
         with self._outbox.explaining():
             connection = connection_of(session, self._outbox.rows.table, txn)
-            return bool(statement(connection, self._row_id))
+            found = bool(statement(connection, self._row_id))
+            if not found:
+                self._outbox.look(connection)
+            return found
