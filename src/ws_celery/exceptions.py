@@ -506,6 +506,7 @@ class ForeignMessage(WsCeleryError, Ignore):
             f"the queue {queue!r}."
         )
 
+
 class CutOff(WsCeleryError, Ignore):
     """A run has lost its database, and whether it has committed is open; its row is sent again."""
 
