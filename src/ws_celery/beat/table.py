@@ -22,8 +22,8 @@ def schedule_table(name: str = "ws_celery_schedule", metadata: MetaData | None =
     A row is what the database knows of one entry, wherever that comes from.
 
     :param name: name of the table; ``schema.name`` for another schema than the default one.
-    :param metadata: where to define it; a metadata of its own if not given, to be added to the
-        ``target_metadata`` of Alembic.
+    :param metadata: where to define it: the application's, for Alembic and its tests; one of its
+        own if not given.
     """
     schema, _, bare = name.rpartition(".")
     return Table(

@@ -40,8 +40,8 @@ def outbox_table(name: str = "ws_celery_outbox", metadata: MetaData | None = Non
     A row is a message that has been dispatched and has not taken effect yet, or a dead letter.
 
     :param name: name of the table; ``schema.name`` for another schema than the default one.
-    :param metadata: where to define it; a metadata of its own if not given, to be added to the
-        ``target_metadata`` of Alembic.
+    :param metadata: where to define it: the application's, for Alembic and its tests; one of its
+        own if not given.
     """
     schema, _, bare = name.rpartition(".")
     return Table(
