@@ -20,13 +20,13 @@ from pyramid.registry import Registry
 from zope.interface import implementer
 
 from ws_celery.applications import INI_VARIABLE, answer_celery, current_celery_app
-from ws_celery.arguments import blame_argument
+from ws_celery.arguments import blame_argument, refuse_misread
 from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.eager import EagerWorker, MemoryBackend
 from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp
-from ws_celery.locks import Locks
+from ws_celery.locks import Locks, check_key
 from ws_celery.logs import set_up_logging
 from ws_celery.masking import masked_text
 from ws_celery.propagation import Propagation
@@ -187,6 +187,8 @@ class PyramidCelery(Celery):
         :class:`~ws_celery.events.BeforeDispatch` have the last word.
 
         :raises ArgumentNotSerializable: at once, if a value does not serialise.
+        :raises OptionNotSendable: at once, if a header or a callback would be read otherwise.
+        :raises TypeError: at once, if the key of ``@one_instance`` cannot be made of the arguments.
         """
         if routed := self._routed(name):
             given = {
@@ -201,11 +203,13 @@ class PyramidCelery(Celery):
             headers[HEADER] = description
         options = {**dict(zip(_POSITIONAL, starargs, strict=False)), **options, "headers": headers}
         self.before_dispatch(name, args, kwargs, options)
+        serializer = options.get("serializer") or self.conf.task_serializer
+        refuse_misread(name, args, kwargs, serializer, options)
+        check_key(self.tasks.get(name), args, kwargs)
         try:
             with self._keeping_retries(options):
                 return super().send_task(name, args, kwargs, **options)
         except EncodeError as error:
-            serializer = options.get("serializer") or self.conf.task_serializer
             blame_argument(error, name, args, kwargs, serializer)
             raise
 

@@ -12,8 +12,9 @@ from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 from kombu.utils.uuid import uuid
 
-from ws_celery.arguments import blame_argument
+from ws_celery.arguments import blame_argument, refuse_misread
 from ws_celery.dispatch import Publication, RecordingProducer
+from ws_celery.locks import rule_of
 
 __all__ = ("BulkPublication", "BulkResult", "Call", "Example", "dispatch_call")
 
@@ -71,7 +72,11 @@ class Example(RecordingProducer):
         yield self.first
         app = self._task.app
         levels = {"maxlevels": app.conf.get("task_repr_maxlevels", 3)}
+        rule = rule_of(self._task)
         for number, call in enumerate(calls, 1):
+            refuse_misread(f"{self._task.name}, call {number}", *call, self._serializer, {})
+            if rule is not None:
+                rule.key_of(self._task, *call)
             try:
                 _, _, payload = dumps((*call, self._embedded), serializer=self._serializer)
             except EncodeError as error:

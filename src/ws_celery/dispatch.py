@@ -20,6 +20,7 @@ from ws_celery.delays import delay_anew
 from ws_celery.envelope import freeze_envelope
 
 __all__ = (
+    "OUTBOX_HEADER",
     "ROW_HEADER",
     "Publication",
     "RecordingProducer",
@@ -31,6 +32,9 @@ __all__ = (
 
 #: Name of the message header with the id of the row that the message has in the outbox.
 ROW_HEADER = "ws_celery_outbox"
+
+#: Name of the message header that tells which outbox that is.
+OUTBOX_HEADER = "ws_celery_outbox_place"
 
 _held: ContextVar[list[Any] | None] = ContextVar("ws_celery_held", default=None)
 
@@ -80,7 +84,9 @@ class Publication:
     :param options: of the publish.
     """
 
-    __slots__ = ("_options", "anonymous", "payload", "row_id", "session_transactions", "waits")
+    __slots__ = (
+        *("_options", "anonymous", "outbox", "payload", "row_id", "session_transactions", "waits"),
+    )
 
     def __init__(self, payload: str | bytes, options: dict[str, Any]) -> None:
         self.payload = payload
@@ -89,6 +95,8 @@ class Publication:
         self.session_transactions: tuple[Any, ...] = ()
         #: Id of the row that it has in the outbox.
         self.row_id: UUID | None = None
+        #: Which outbox that is; ``None`` if it is not known.
+        self.outbox: str | None = None
         #: Whether the message does not tell its row: another program has an outbox of its own.
         self.anonymous = False
         #: Whether it waits in the outbox for its eta, not in a worker's memory.
@@ -137,7 +145,8 @@ class Publication:
         options = {**self.options, **overrides}
         delay_anew(options)
         if self.row_id is not None and not self.anonymous:
-            options["headers"] = {**options["headers"], ROW_HEADER: str(self.row_id)}
+            row = {ROW_HEADER: str(self.row_id), OUTBOX_HEADER: self.outbox}
+            options["headers"] = {**options["headers"], **row}
         producer.publish(self.payload, **options)
 
 

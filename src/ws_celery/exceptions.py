@@ -6,6 +6,7 @@ command line prints it as it stands.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = (
     "Duplicate",
     "EntryRefused",
     "Fault",
+    "ForeignMessage",
     "LockGone",
     "LockHeld",
     "LocksUnavailable",
@@ -64,6 +66,11 @@ __all__ = (
 
 class WsCeleryError(Exception):
     """Base of every error that ws_celery raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pool's child pickles it for the worker's main process, which ends if it cannot be read.
+        # Python would call __init__ with the finished message, and that takes other arguments.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -496,6 +503,20 @@ class Duplicate(WsCeleryError, Ignore):
     """A message's effect is there already, or another run is at it; this run ends quietly."""
 
 
+class ForeignMessage(WsCeleryError, Ignore):
+    """A message belongs to another outbox, which keeps its row, and sends it again.
+
+    No ``Reject``: Celery would store that its task has failed.
+    """
+
+    def __init__(self, task: str, queue: str, owner: str, ours: str) -> None:
+        super().__init__(
+            f"{task} is not run: its row is in another outbox ({owner}) than that of this worker "
+            f"({ours}). Give each application queues of its own: both take their messages from "
+            f"the queue {queue!r}."
+        )
+
+
 class CutOff(WsCeleryError, Ignore):
     """A run has lost its database, and whether it has committed is open; its row is sent again."""
 
@@ -507,7 +528,7 @@ class Skipped(WsCeleryError, Ignore):
     """
 
     def __init__(self, task: str, task_id: str, key: str, holder: Any) -> None:
-        super().__init__(task, task_id, key, holder)  # as they are: it travels between processes
+        super().__init__(task, task_id, key, holder)
         self.key = key
         self.holder = holder
         self.reason = f"the lock {key!r} is held by {holder}"
@@ -534,7 +555,7 @@ class LockGone(WsCeleryError):
     """A run has lost its one-instance lock: another run with its key may have begun."""
 
     def __init__(self, task: str, task_id: str | None, key: str) -> None:
-        super().__init__(task, task_id, key)  # as they are: it travels between processes
+        super().__init__(task, task_id, key)
 
     def __str__(self) -> str:
         return (

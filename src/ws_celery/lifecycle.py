@@ -16,7 +16,7 @@ from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
 
 from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, tell
-from ws_celery.exceptions import ConfigurationError, Duplicate, Skipped
+from ws_celery.exceptions import ConfigurationError, Duplicate, ForeignMessage, Skipped
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
@@ -102,8 +102,8 @@ class PyramidLoader(AppLoader):
 
 def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
     state, outcome = run["state"], run["retval"]
-    if isinstance(outcome, (Duplicate, Skipped)):
-        return  # it is no run: another one has had the effect, or has the lock
+    if isinstance(outcome, (Duplicate, ForeignMessage, Skipped)):
+        return  # it is no run: another one has the effect, or the lock
     if state is None:  # the error is on its way to the caller of an eager task
         outcome = sys.exc_info()[1]
         if not isinstance(outcome, Exception):

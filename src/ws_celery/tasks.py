@@ -10,8 +10,9 @@ import transaction
 from celery import Task
 from celery.app import pop_current_task, push_current_task
 from celery.app.task import Context
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 from celery.result import GroupResult
+from celery.utils.serialization import get_pickleable_exception
 from transaction.interfaces import NoTransaction
 
 from ws_celery.bulk import apply_async_many
@@ -74,7 +75,10 @@ class RequestAwareTask(Task):
         if context.called_directly or getattr(context, "ws_celery_running", False):
             return self._run_for_celery(args, kwargs)
         context.ws_celery_running = True
-        return self._run_alone(args, kwargs)
+        try:
+            return self._run_alone(args, kwargs)
+        except (Ignore, Reject) as error:
+            raise _readable(error) from error.__cause__
 
     def _run_for_celery(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run what Celery calls like a function: a callback for errors, an item of ``map()``."""
@@ -269,3 +273,19 @@ class RequestAwareTask(Task):
     def _retries_by_commit(self, options: Any) -> bool:  # noqa: ARG002 - for the other class
         """Tell whether a retry is a dispatch like others, because the run goes on and commits."""
         return False
+
+
+def _readable(error: Ignore | Reject) -> Exception:
+    """Return what the worker's main process can unpickle; an error that it cannot ends its work.
+
+    Celery sees to that for failures, and not for what ends a run otherwise.
+    """
+    error.args = tuple(map(_picklable, error.args))
+    if isinstance(error, Reject):
+        error.reason = _picklable(error.reason)
+    readable: Exception = _picklable(error)
+    return readable
+
+
+def _picklable(value: Any) -> Any:
+    return get_pickleable_exception(value) if isinstance(value, Exception) else value

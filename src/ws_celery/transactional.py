@@ -13,11 +13,14 @@ from transaction.interfaces import NoTransaction
 from ws_celery.conflicts import is_conflict
 from ws_celery.datamanager import raising_interruptions
 from ws_celery.dispatch import Publication, holding, is_immediate
-from ws_celery.exceptions import ConfigurationError, CutOff, Duplicate
+from ws_celery.exceptions import ConfigurationError, CutOff, Duplicate, ForeignMessage
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.tasks import RequestAwareTask
 
 __all__ = ("TransactionalTask", "retry_attempts")
+
+#: Ends of a run that do not commit, though Celery stores nothing for them.
+_WITHOUT_EFFECT = (CutOff, Duplicate, ForeignMessage)
 
 
 class TransactionalTask(RequestAwareTask):
@@ -79,7 +82,7 @@ class TransactionalTask(RequestAwareTask):
                 try:
                     return self._run_and_commit(manager, request, args, kwargs, claim)
                 except BaseException as error:
-                    if isinstance(error, Ignore) and not isinstance(error, (CutOff, Duplicate)):
+                    if isinstance(error, Ignore) and not isinstance(error, _WITHOUT_EFFECT):
                         raise  # it has committed
                     conflict = is_conflict(manager, error)
                     cut_off = claim is not None and claim.is_cut_off(error)

@@ -354,6 +354,18 @@ def test_only_the_owner_renews_and_releases(make, key, other_run):
     assert store.holder_of(key)
 
 
+@pytest.mark.parametrize("character", ["x", "ü", "\N{PILE OF POO}", '"', "\x01"], ids=ascii)
+def test_the_holder_of_a_key_is_known_whatever_its_characters(make, character, other_run):
+    app = make(locked)
+    key = character * 400
+    held = other_run(app, key)
+    seen = app.celery.locks.store.holder_of(key)
+
+    assert (seen.key, seen.task, seen.id) == (key, held.task, held.id)
+    assert (seen.host, seen.pid, seen.token) == (held.host, held.pid, held.token)
+    assert [key.startswith(each.key) for each in app.celery.locks.store.holders()] == [True]
+
+
 def test_freeing_names_the_holder_that_is_meant(make, key, other_run):
     app = make(locked)
     store = app.celery.locks.store

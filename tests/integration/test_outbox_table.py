@@ -12,10 +12,10 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from pyramid.exceptions import ConfigurationExecutionError
 from sqlalchemy import MetaData, inspect, text
-from tests.waiting import SOON
+from tests.waiting import SOON, wait_for
 
 from ws_celery import task
-from ws_celery.exceptions import OutboxReadOnly, OutboxTableError
+from ws_celery.exceptions import ConfigurationError, OutboxReadOnly, OutboxTableError
 from ws_celery.outbox import outbox_table, store
 
 
@@ -26,9 +26,14 @@ def write(request, number):
     )
 
 
+@task(name="fail")
+def fail(request, length):
+    raise LookupError("é" * length + " at last")
+
+
 @pytest.fixture
 def app(make_outbox, database):
-    return make_outbox(database, write)
+    return make_outbox(database, write, fail)
 
 
 def dispatch(app, number=1):
@@ -164,6 +169,46 @@ def test_an_error_of_the_application_is_not_blamed_on_the_table(app):
 
 # Databases
 
+EVERY = pytest.mark.parametrize("database", ["postgres", "sqlite", "mariadb"], indirect=True)
+
+
+@EVERY
+@pytest.mark.parametrize("length", [60_000, 3_000_000])
+def test_a_traceback_of_any_length_makes_a_dead_letter(app, start_worker, rows_of, length):
+    with transaction.manager:
+        result = fail.delay(app.request(), length)
+    start_worker(app)
+
+    with pytest.raises(LookupError):
+        result.get(SOON)
+    row = wait_for(lambda: next((row for row in rows_of(app) if row.died_at), None))
+    assert row.error.startswith("Traceback")
+    assert row.error.endswith("éé at last\n")
+    assert 60_000 < len(row.error) < 210_000
+
+
+@EVERY
+def test_headers_of_any_length_are_kept(app, rows_of):
+    with transaction.manager:
+        write.apply_async((app.request(), 1), headers={"note": "é" * 100_000})
+
+    (row,) = rows_of(app)
+    headers = app.celery.outbox.publication_of(row).options["headers"]
+    assert headers["note"] == app.sent()[0].headers["note"] == "é" * 100_000
+
+
+@pytest.mark.parametrize("column", ["options", "error"])
+def test_a_column_of_mariadb_that_ends_at_64_kb_is_told(make_outbox, mariadb, column):
+    app = make_outbox(mariadb, write)
+    mariadb.execute("ALTER TABLE ws_celery_outbox MODIFY options TEXT NOT NULL, MODIFY error TEXT")
+    with pytest.raises(OutboxTableError, match=f"the column {column} is TEXT, .* not LONGTEXT"):
+        app.celery.outbox.check_table()
+
+    mariadb.execute(
+        "ALTER TABLE ws_celery_outbox MODIFY options LONGTEXT NOT NULL, MODIFY error LONGTEXT"
+    )
+    assert app.celery.outbox.create_table() is False
+
 
 def test_a_read_only_transaction_is_told_at_the_dispatch(make_outbox, postgres):
     app = make_outbox(postgres, write)
@@ -193,6 +238,16 @@ def test_a_read_only_database_keeps_its_rows(make_outbox, sqlite, start_worker, 
 
     first.get(SOON)
     assert sqlite.notes() == ["written"]
+
+
+def test_mysql_is_refused_with_the_reason(make_outbox, mariadb, monkeypatch):
+    """No server of it is at hand: one of MariaDB is taken for it."""
+    app = make_outbox(mariadb, write)
+    monkeypatch.setattr(mariadb.engine.dialect, "is_mariadb", False)
+
+    for refused in (app.celery.outbox.check_table, app.celery.outbox.create_table):
+        with pytest.raises(ConfigurationError, match=r"MySQL.*Use MariaDB 10\.6"):
+            refused()
 
 
 # Clocks

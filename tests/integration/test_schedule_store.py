@@ -52,6 +52,12 @@ def test_an_entry_is_edited_field_by_field_and_taken_back(store):
     assert (known.name, known.origin, known.version) == ("e", "database", 3)
 
 
+def test_an_entry_may_have_arguments_of_any_length(store):
+    store.save("e", task="work", args=["é" * 100_000])
+
+    assert store.load()["e"].fields["args"] == ["é" * 100_000]
+
+
 def test_each_edit_makes_another_revision(store):
     revisions = []
 

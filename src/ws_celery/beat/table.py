@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Integer, MetaData, String, Table, Text
+from sqlalchemy import Column, Integer, MetaData, String, Table
 from sqlalchemy.dialects import mysql
 
 from ws_celery.beat.entry import LONGEST_NAME
-from ws_celery.outbox.table import Time
+from ws_celery.outbox.table import LongText, Time
 
 __all__ = ("schedule_table",)
 
@@ -22,8 +22,8 @@ def schedule_table(name: str = "ws_celery_schedule", metadata: MetaData | None =
     A row is what the database knows of one entry, wherever that comes from.
 
     :param name: name of the table; ``schema.name`` for another schema than the default one.
-    :param metadata: where to define it; a metadata of its own if not given, to be added to the
-        ``target_metadata`` of Alembic.
+    :param metadata: where to define it: the application's, for Alembic and its tests; one of its
+        own if not given.
     """
     schema, _, bare = name.rpartition(".")
     return Table(
@@ -31,7 +31,7 @@ def schedule_table(name: str = "ws_celery_schedule", metadata: MetaData | None =
         MetaData() if metadata is None else metadata,
         Column("name", _Name, primary_key=True),
         Column("origin", String(8), nullable=False, comment="code, ini or database"),
-        Column("fields", Text, nullable=True, comment="what was edited; a JSON object"),
+        Column("fields", LongText, nullable=True, comment="what was edited; a JSON object"),
         Column("last_run_at", Time, nullable=True, comment="the tick that was sent last"),
         Column("task_id", String(255), nullable=True, comment="of the task that was sent last"),
         Column("sent_at", Time, nullable=True, comment="when that task was sent"),

@@ -16,7 +16,7 @@ from celery._state import get_current_task
 from ws_celery.converters import nearest
 from ws_celery.exceptions import ConfigurationError, Fault
 
-__all__ = ("OneInstance", "apply_option", "check_rule", "one_instance", "rule_of")
+__all__ = ("OneInstance", "apply_option", "check_key", "check_rule", "one_instance", "rule_of")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -67,7 +67,8 @@ class OneInstance:
 
         :param args: the positional arguments of the message.
         :param kwargs: its keyword arguments.
-        :raises TypeError: if the run lacks an argument that the key names.
+        :raises TypeError: if the run lacks an argument that the key names, or has one that no key
+            can be made of.
         """
         if self.key is None:
             return str(task.name)
@@ -75,12 +76,14 @@ class OneInstance:
             return self.key.format()
         values = _values(task, args, kwargs)
         try:
-            return self.key.format_map(values)
+            key = self.key.format_map(values)
+            key.encode()  # as the stores do
         except (KeyError, ValueError) as error:
             raise TypeError(
                 f"{task.name}: the key {self.key!r} of one_instance cannot be made of the "
                 f"arguments of this run: {type(error).__name__}: {error}."
             ) from error
+        return key
 
     def _check_fields(self, function: Callable[..., Any]) -> None:
         parameters = inspect.signature(function).parameters.values()
@@ -145,6 +148,18 @@ def check_rule(task: Task) -> None:
     """
     if getattr(task.run, "one_instance", None) is None and (rule := _inherited(type(task))):
         rule._check_fields(type(task).run)
+
+
+def check_key(
+    task: Task | None, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> None:
+    """Check that the key of a run can be made, when the task is called.
+
+    :param task: what is called, as far as this process knows it.
+    :raises TypeError: if it cannot.
+    """
+    if task is not None and (rule := rule_of(task)) is not None and rule.fields:
+        rule.key_of(task, args or (), kwargs or {})
 
 
 def _inherited(cls: type) -> OneInstance | None:

@@ -30,8 +30,8 @@ HOLDERS = text(
 )
 _TOLD = re.compile(r"/\* ws_celery:([\w=-]+) \*/")
 
-#: PostgreSQL shows the first 1024 bytes of a statement.
-_LONGEST = 200
+#: PostgreSQL shows the first 1024 bytes of a statement: of key, task and id so many bytes are told.
+_LONGEST = 160
 
 
 def number_of(key: str) -> int:
@@ -43,10 +43,10 @@ def number_of(key: str) -> int:
 def told(held: Held, now: float) -> str:
     """Return a statement that tells who holds a lock, since ``now``."""
     holder = {
-        "key": held.key[:_LONGEST],
-        "task": held.task[:_LONGEST],
-        "id": held.id,
-        "host": held.host,
+        "key": _cut(held.key),
+        "task": _cut(held.task),
+        "id": held.id and _cut(held.id),
+        "host": _cut(held.host, 64),
         "pid": held.pid,
         "token": held.token,
         "since": now,
@@ -54,6 +54,13 @@ def told(held: Held, now: float) -> str:
     fields = json.dumps(holder, ensure_ascii=False, separators=(",", ":"))
     # Encoded: a key is made of arguments, and must not be able to end the comment.
     return f"SELECT 1 /* ws_celery:{urlsafe_b64encode(fields.encode()).decode()} */"
+
+
+def _cut(text: str, most: int = _LONGEST) -> str:
+    """Return the beginning of a text that takes so many bytes, as JSON writes it."""
+    while len(json.dumps(text, ensure_ascii=False).encode()) - 2 > most:
+        text = text[: most if len(text) > most else -1]
+    return text
 
 
 def find(connection: Connection, key: str) -> Holder | None:

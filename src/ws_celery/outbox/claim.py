@@ -60,6 +60,7 @@ class Claim(Run):
         :param request: the request of the run.
         :param txn: the transaction of the run.
         :raises Duplicate: if it is not, or another run has it.
+        :raises ForeignMessage: if it is not, and the message is another outbox's.
         """
         self._request, self._txn, self._rest = request, None, None
         if not self._late:
@@ -68,7 +69,7 @@ class Claim(Run):
         if self._task.request.expires is not None:
             self._outbox.begun(self._row_id)
         if not self._tell(self._outbox.rows.is_there, txn):
-            raise self.duplicate("has run, or is a dead letter")
+            raise self.without_row("has run, or is a dead letter")
 
     def end(self, txn: Any) -> None:
         """Claim the row if the transaction that commits next does not have it yet.
@@ -108,7 +109,7 @@ class Claim(Run):
         else:
             row = rows.get(connection, self._row_id)
         if row is None:
-            raise self.duplicate(_ELSEWHERE)
+            raise self.without_row(_ELSEWHERE)
         return row
 
     def after_completion(self, txn: Any) -> None:
@@ -130,10 +131,13 @@ class Claim(Run):
         # Nobody but this run has the row of its rest, which may have become a dead letter.
         taken = self._tell(rows.delete_one if self.has_committed else rows.claim, txn)
         if not taken:
-            raise self.duplicate(otherwise)
+            raise self.without_row(otherwise)
         self._txn = txn
 
     def _tell(self, statement: Any, txn: Any) -> bool:
         with self._outbox.explaining():
             connection = connection_of(self._session, self._outbox.rows.table, txn)
-            return bool(statement(connection, self._row_id))
+            found = bool(statement(connection, self._row_id))
+            if not found:
+                self._outbox.look(connection)
+            return found

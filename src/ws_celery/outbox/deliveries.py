@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ws_celery.dispatch import Publication
 from ws_celery.exceptions import BrokenRow, BrokerUnavailable
-from ws_celery.outbox.message import publication_of
 from ws_celery.outbox.rows import UNREADABLE
 from ws_celery.outbox.table import aware
 
@@ -61,6 +60,7 @@ class Deliveries:
     def _take(self, limit: int, length: Callable[[str], int]) -> Batch:
         with self._outbox.begin() as connection:
             rows = self._rows.take_due(connection, limit)
+            self._outbox.look(connection)
             early = self._early(rows)
             publications, endings = self._sorted([row for row in rows if row.id not in early])
             self._rows.put_off(connection, early)
@@ -98,7 +98,7 @@ class Deliveries:
 
     def _sorted(self, rows: Sequence[Any]) -> tuple[list[Publication], dict[Any, str | None]]:
         """Return what can be sent, and why the others cannot: by id, ``None`` if expired."""
-        queues, now = self._outbox.app.amqp.queues, datetime.now(timezone.utc)
+        now = datetime.now(timezone.utc)
         publications: list[Publication] = []
         endings: dict[Any, str | None] = {}
         most = self._outbox.max_deliveries
@@ -110,11 +110,12 @@ class Deliveries:
             elif row.deliveries >= most:
                 endings[row.id] = (
                     f"sent {row.deliveries} times by the relay (ws_celery.outbox.max_deliveries), "
-                    "and no run has ended: it may kill its worker, or take longer than the lease"
+                    "and no run has ended: it may kill its worker, take longer than the lease, or "
+                    "be taken from its queue by the workers of another application"
                 )
             else:
                 try:
-                    publications.append(publication_of(row, queues, now))
+                    publications.append(self._outbox.publication_of(row))
                 except BrokenRow as error:
                     endings[row.id] = str(error)
         return publications, endings

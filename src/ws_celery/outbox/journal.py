@@ -108,12 +108,12 @@ class Journal:
         )
 
     def _insert(self, publications: Iterable[Publication]) -> None:
-        rows = [self._outbox.row(publication) for publication in publications]
-        if rows:
-            self._written.update(row["id"] for row in rows)
-            with self._outbox.explaining():
-                connection = connection_of(self._session, self._outbox.rows.table, self._txn)
-                self._outbox.rows.insert(connection, rows)
+        if not (kept := list(publications)):
+            return
+        self._written.update(publication.row_id for publication in kept)
+        with self._outbox.explaining():
+            connection = connection_of(self._session, self._outbox.rows.table, self._txn)
+            self._outbox.write(connection, kept)
 
 
 def connection_of(session: Any, table: Any, txn: Any) -> Any:

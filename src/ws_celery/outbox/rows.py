@@ -46,6 +46,9 @@ UNREADABLE = (DataError, TypeError, ValueError, OverflowError)
 #: Longest lease, in seconds: what stays unfinished is sent again at least so often.
 LONGEST_LEASE = 3600.0
 
+#: How many characters of an error are kept: its beginning and its end.
+LONGEST_ERROR = 200_000
+
 #: A machine that has lost its power does not close its connections, and PostgreSQL would keep their
 #: locks for hours. For the one transaction only: the connection is the application's.
 _KEEPALIVE: list[ColumnElement[str]] = [
@@ -189,7 +192,7 @@ class Rows:
         """Make a row a dead letter without the times that it had: one of them is none."""
         values = dict.fromkeys(("eta", "expires", "due_at"))
         found = self.table.c.id == row_id
-        statement = update(self.table).where(found).values(**values, error=error)
+        statement = update(self.table).where(found).values(**values, error=_storable(error))
         connection.execute(statement.values(created_at=self._now, died_at=self._now))
 
     def count_loss(self, connection: Connection, row_id: UUID, most: int, error: str) -> bool:
@@ -391,5 +394,9 @@ class Rows:
 
 
 def _storable(text: str) -> str:
-    # PostgreSQL keeps no NUL, and nobody half of a pair: the dead letter is worth more.
+    # PostgreSQL keeps no NUL, nobody half of a pair, and MariaDB nothing longer than its packets:
+    # the dead letter is worth more.
+    if len(text) > LONGEST_ERROR:
+        half = LONGEST_ERROR // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
     return text.encode(errors="backslashreplace").decode().replace("\0", r"\x00")

@@ -9,7 +9,7 @@ from uuid import UUID
 from celery.canvas import signature
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from ws_celery.exceptions import CutOff, Duplicate
+from ws_celery.exceptions import CutOff, Duplicate, ForeignMessage
 
 if TYPE_CHECKING:
     from ws_celery.outbox.store import Outbox
@@ -82,7 +82,13 @@ class Run:
         log.warning("%s has lost its database; it is sent again after its lease", self.name)
         return CutOff(f"{self.name} has lost its database")
 
-    def duplicate(self, reason: str) -> Duplicate:
-        """Return the error that ends a run whose effect is another one's."""
-        self._task.request.ws_celery_settled = True  # whoever has the row settles it
-        return Duplicate(f"{self.name} {reason}")
+    def without_row(self, reason: str) -> Duplicate | ForeignMessage:
+        """Return the error that ends a run whose row is not there: its effect is another one's."""
+        context = self._task.request
+        context.ws_celery_settled = True  # whoever has the row settles it
+        if (owner := self._outbox.owner_of(context)) is None:
+            return Duplicate(f"{self.name} {reason}")
+        queue = (context.delivery_info or {}).get("routing_key")
+        error = ForeignMessage(self.name, str(queue), owner, str(self._outbox.place))
+        log.error("%s", error)
+        return error

@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Connection, String, Table, Uuid, inspect
+from sqlalchemy import Column, Connection, String, Table, Uuid, inspect, text
+from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
 
 from ws_celery.exceptions import TableError
 
-__all__ = ("check_table", "create_table", "may_be_the_table", "read_only_reason")
+__all__ = ("check_table", "create_table", "may_be_the_table", "place_of", "read_only_reason")
 
 #: Classes of the standard's codes: a conflict, or no connection, is never the table's fault.
 _PASSING = ("08", "40", "57")
+
+
+def place_of(connection: Connection, table: Table) -> str | None:
+    """Return what tells a table from all others, by whatever URL it is reached.
+
+    A copy of the database is another place, so that this is asked for, and not kept in it.
+
+    :return: ``None`` if the table is not there, or nobody can tell.
+    """
+    dialect = connection.dialect
+    name = dialect.identifier_preparer.format_table(table)
+    if dialect.name == "postgresql":
+        return _place_in_postgresql(connection, name)
+    if dialect.name in ("mysql", "mariadb"):
+        found = text("SELECT concat_ws('/', @@hostname, @@port, DATABASE(), :name)")
+        return connection.scalar(found, {"name": name})
+    if dialect.name == "sqlite":
+        file = connection.scalar(text("SELECT file FROM pragma_database_list WHERE name = 'main'"))
+        return _place_in_file(Path(file), name) if file else None
+    return None
+
+
+def _place_in_file(file: Path, name: str) -> str | None:
+    with suppress(FileNotFoundError):  # it was deleted, and is still open
+        found = file.stat()
+        return f"{found.st_dev}/{found.st_ino}/{name}"
+    return None
+
+
+def _place_in_postgresql(connection: Connection, name: str) -> str | None:
+    found = text("SELECT current_database() || '/' || CAST(to_regclass(:name) AS oid)")
+    place: str | None = connection.scalar(found, {"name": name})
+    # A role may be kept from asking for the number of the server, and the transaction is another's.
+    may_ask = text(
+        "SELECT has_function_privilege("
+        "CAST(to_regprocedure('pg_control_system()') AS oid), 'execute')"
+    )
+    if place and connection.scalar(may_ask):
+        number = connection.scalar(text("SELECT system_identifier FROM pg_control_system()"))
+        return f"{number}/{place}"
+    return place
 
 
 def create_table(connection: Connection, table: Table, error: type[TableError]) -> bool:
@@ -51,6 +95,8 @@ def _differences(table: Table, found: Mapping[str, Any]) -> Iterator[str]:
             yield f"the column {name} is missing"
         elif not _is_like(column, found[name]):
             yield f"the column {name} is {_described(found[name])}"
+        elif isinstance(found[name]["type"], mysql.TEXT):
+            yield f"the column {name} is TEXT, which ends at 64 KB, and not LONGTEXT"
     for name in found.keys() - table.columns.keys():
         yield f"the column {name} is unknown"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ws_celery.outbox.store import Outbox
 
 __all__ = ("Settlement",)
+
+log = logging.getLogger(__name__)
 
 
 class Settlement:
@@ -52,7 +55,12 @@ class Settlement:
         if row_id is None or getattr(context, "ws_celery_settled", False):
             return
         if state in (states.SUCCESS, states.IGNORED):
-            self._outbox.delete(row_id)
+            if not self._outbox.delete(row_id) and (owner := self._outbox.owner_of(context)):
+                log.error(
+                    "%s[%s] has run here, and its row is in another outbox (%s), which sends it "
+                    "again. Give each application queues of its own.",
+                    *(task.name, context.id, owner),
+                )
         elif state == states.REJECTED and not getattr(retval, "requeue", False):
             self._outbox.bury(row_id, f"rejected: {getattr(retval, 'reason', None)}")
 

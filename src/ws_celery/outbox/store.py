@@ -12,13 +12,21 @@ from uuid import UUID, uuid4
 from celery import Task
 from sqlalchemy import Connection
 
-from ws_celery.dispatch import ROW_HEADER, Publication, held_publications, holding
+from ws_celery.dispatch import (
+    OUTBOX_HEADER,
+    ROW_HEADER,
+    Publication,
+    held_publications,
+    holding,
+)
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.outbox.claim import Claim
 from ws_celery.outbox.database import Database
 from ws_celery.outbox.journal import Journal
 from ws_celery.outbox.message import publication_of, row_id_in, row_of, times_of
 from ws_celery.outbox.reception import Reader, Reception
 from ws_celery.outbox.rows import Rows
+from ws_celery.outbox.schema import place_of
 from ws_celery.outbox.settlement import Settlement
 from ws_celery.outbox.table import aware, outbox_table
 from ws_celery.outbox.unclaimed import Unclaimed
@@ -51,9 +59,27 @@ class Outbox(Database):
         self.max_deliveries = max_deliveries
         #: Publishes what is due, in beat or alone.
         self.relay: Any = None
+        #: What tells this outbox from all others, if it is known.
+        self.place: str | None = None
         self._settlement = Settlement(self)
         if "worker_consumer" not in app.conf.table(with_defaults=False):
             app.conf.worker_consumer = f"{Reader.__module__}:{Reader.__name__}"
+
+    def _connect(self) -> Connection:
+        connection = super()._connect()
+        dialect = connection.dialect
+        if dialect.name == "mysql" and not getattr(dialect, "is_mariadb", True):
+            connection.close()
+            raise ConfigurationError(
+                "The outbox cannot be in a database of MySQL, which refuses a DELETE whose "
+                "subquery reads the same table. Use MariaDB 10.6 or later, PostgreSQL or SQLite."
+            )
+        return connection
+
+    def look(self, connection: Connection) -> None:
+        """Find out what tells this outbox from all others; the database is asked once."""
+        if self.place is None:
+            self.place = place_of(connection, self.table)
 
     def set_defaults(self, task: Any) -> None:
         """Let the messages of a class of TransactionalTasks survive the worker that runs them.
@@ -86,7 +112,12 @@ class Outbox(Database):
         for publication in kept:
             self.number(publication)
         if kept:
-            self.rows.insert(connection, [self.row(publication) for publication in kept])
+            self.write(connection, kept)
+
+    def write(self, connection: Connection, publications: Sequence[Publication]) -> None:
+        """Write the rows of messages that have been given theirs."""
+        self.look(connection)
+        self.rows.insert(connection, [self.row(publication) for publication in publications])
 
     def keep_late(self, publications: Iterable[Publication]) -> None:
         """Write the rows of messages whose own transaction is over, or send them without a row."""
@@ -106,6 +137,7 @@ class Outbox(Database):
     def row(self, publication: Publication) -> dict[str, Any]:
         """Return the row of a message, as :meth:`Rows.insert` takes it."""
         row = row_of(publication, self.app.amqp.queues)
+        publication.outbox = self.place
         # Told once: the clock may jump between here and the publish.
         publication.waits, due = self.when_due(row["eta"])
         return {**row, "lease": self.lease, "due": due}
@@ -129,7 +161,9 @@ class Outbox(Database):
 
         :raises BrokenRow: if it does not hold one.
         """
-        return publication_of(row, self.app.amqp.queues, datetime.now(timezone.utc))
+        publication = publication_of(row, self.app.amqp.queues, datetime.now(timezone.utc))
+        publication.outbox = self.place
+        return publication
 
     # After the commit
 
@@ -154,6 +188,15 @@ class Outbox(Database):
     def row_id_of(self, context: Any) -> UUID | None:
         """Return the id of the row of a run, by Celery's context of it, or ``None``."""
         return row_id_in(context.headers)
+
+    def owner_of(self, context: Any) -> str | None:
+        """Return which other outbox the message of a run belongs to, or ``None``.
+
+        Only for one that has no row here: after a move of the database, messages that were sent
+        before it name the old place.
+        """
+        told: str | None = context.headers.get(OUTBOX_HEADER)
+        return None if self.place is None or told == self.place else told
 
     def claim(self, task: Any) -> Claim | None:
         """Return the claim of the current run of ``task``, if its message has a row."""
@@ -188,6 +231,7 @@ class Outbox(Database):
         if row_id is not None:
             first = others.pop(0)
             first.row_id = uuid4()
+            self.look(connection)
             row = self.row(first)
             due = row.pop("due")
             if not self.rows.rewrite(connection, row_id, row, due):
@@ -245,7 +289,11 @@ class Outbox(Database):
 
         :return: whether it was there, and not locked.
         """
-        return bool(self._try(self.rows.delete, [row_id]))
+        return bool(self._try(self._delete, row_id))
+
+    def _delete(self, connection: Connection, row_id: UUID) -> int:
+        self.look(connection)
+        return self.rows.delete(connection, [row_id])
 
     def delete_expired(self, row_id: UUID) -> None:
         """Let go of a row whose message came too late, unless a run has begun in time."""

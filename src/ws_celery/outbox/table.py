@@ -21,7 +21,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ("LONGEST_NAME", "Time", "aware", "outbox_table", "seconds_from_now")
+__all__ = ("LONGEST_NAME", "LongText", "Time", "aware", "outbox_table", "seconds_from_now")
 
 #: How many characters a task's id, its name and a queue may have.
 LONGEST_NAME = 255
@@ -30,14 +30,18 @@ LONGEST_NAME = 255
 Time = DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 
 
+#: The type of columns for texts of any length: MariaDB's ``TEXT`` ends at 64 KB.
+LongText = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+
+
 def outbox_table(name: str = "ws_celery_outbox", metadata: MetaData | None = None) -> Table:
     """Return the definition of the outbox's table.
 
     A row is a message that has been dispatched and has not taken effect yet, or a dead letter.
 
     :param name: name of the table; ``schema.name`` for another schema than the default one.
-    :param metadata: where to define it; a metadata of its own if not given, to be added to the
-        ``target_metadata`` of Alembic.
+    :param metadata: where to define it: the application's, for Alembic and its tests; one of its
+        own if not given.
     """
     schema, _, bare = name.rpartition(".")
     return Table(
@@ -48,7 +52,7 @@ def outbox_table(name: str = "ws_celery_outbox", metadata: MetaData | None = Non
         Column("task", String(LONGEST_NAME), nullable=False),
         Column("queue", String(LONGEST_NAME), nullable=True),
         Column("body", LargeBinary(2**24), nullable=False),
-        Column("options", Text, nullable=False, comment="how to publish it, and its headers; JSON"),
+        Column("options", LongText, nullable=False, comment="how to publish it, its headers; JSON"),
         Column("created_at", Time, nullable=False),
         Column("eta", Time, nullable=True, comment="not to be run before"),
         Column("expires", Time, nullable=True, comment="not to be run after"),
@@ -56,7 +60,7 @@ def outbox_table(name: str = "ws_celery_outbox", metadata: MetaData | None = Non
         Column("lease", Float(53), nullable=False, comment="seconds until it is sent again"),
         Column("deliveries", Integer, nullable=False, comment="by the relay"),
         Column("died_at", Time, nullable=True),
-        Column("error", Text, nullable=True, comment="traceback of what made it a dead letter"),
+        Column("error", LongText, nullable=True, comment="traceback of what made it a dead letter"),
         schema=schema or None,
         comment="Tasks that have been dispatched and have not taken effect yet: ws_celery",
     )

@@ -28,6 +28,7 @@ class Unclaimed(Run):
         """Look whether the row is there; if nobody can tell, the task is run.
 
         :raises Duplicate: if it is not.
+        :raises ForeignMessage: if it is not, and the message is another outbox's.
         """
         rows = self._outbox.rows
         try:
@@ -35,11 +36,13 @@ class Unclaimed(Run):
                 if self._task.request.expires is not None:
                     rows.forget_expiry(connection, self._row_id)
                 there = rows.is_there(connection, self._row_id)
+                if not there:
+                    self._outbox.look(connection)
         except self._outbox.errors as error:
             log.warning("%s is run without a look at its row: %s", self.name, error)
             return
         if not there:
-            raise self.duplicate("has run, or is a dead letter")
+            raise self.without_row("has run, or is a dead letter")
 
     def end(self, result: Any) -> None:
         """Dispatch the callbacks and the rest of the chain, if there are any.
@@ -48,6 +51,7 @@ class Unclaimed(Run):
 
         :param result: what the function has returned.
         :raises Duplicate: if the row is gone: another run has ended, or somebody has given it up.
+        :raises ForeignMessage: if it was in another outbox all the time.
         :raises CutOff: if the database is not there; the task is run again.
         """
         context = self._task.request
@@ -63,7 +67,7 @@ class Unclaimed(Run):
         :raises CutOff: likewise.
         """
         if not self._replace_row(publications):
-            raise self.duplicate("has run elsewhere, or was given up")
+            raise self.without_row("has run elsewhere, or was given up")
         self.close()
         self._outbox.app.publish(publications)
 
@@ -73,6 +77,7 @@ class Unclaimed(Run):
         try:
             with self._outbox.begin() as connection:
                 if not settled and not rows.delete(connection, [self._row_id]):
+                    self._outbox.look(connection)
                     return False
                 self._outbox.keep(connection, publications)
         except self._outbox.errors as error:

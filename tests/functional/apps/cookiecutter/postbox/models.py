@@ -4,9 +4,16 @@ import sqlalchemy as sa
 import zope.sqlalchemy
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
+from ws_celery.beat.table import schedule_table
+from ws_celery.outbox import outbox_table
+
 
 class Base(DeclarativeBase):
     pass
+
+
+outbox_table(metadata=Base.metadata)
+schedule_table(metadata=Base.metadata)
 
 
 class Letter(Base):

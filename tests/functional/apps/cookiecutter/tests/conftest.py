@@ -1,5 +1,7 @@
 """The fixtures that the cookiecutter gives, and three lines for ws_celery."""
 
+import alembic.command
+import alembic.config
 import pytest
 import transaction
 from postbox import main, models
@@ -10,7 +12,6 @@ from sqlalchemy import create_engine
 from webtest import TestApp
 
 from ws_celery import get_celery_app
-from ws_celery.outbox import outbox_table
 
 pytest_plugins = ["celery.contrib.pytest", "ws_celery.testing"]
 
@@ -31,13 +32,15 @@ def app_settings(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def dbengine(app_settings):
+def dbengine(app_settings, pytestconfig):
     engine = create_engine(app_settings["sqlalchemy.url"])
-    for metadata in (models.Base.metadata, outbox_table().metadata):
-        metadata.create_all(engine)
+    migrations = alembic.config.Config(str(pytestconfig.rootpath / "testing.ini"))
+    models.Base.metadata.drop_all(engine)
+    alembic.command.stamp(migrations, None, purge=True)
+    alembic.command.upgrade(migrations, "head")
     yield engine
-    for metadata in (models.Base.metadata, outbox_table().metadata):
-        metadata.drop_all(engine)
+    models.Base.metadata.drop_all(engine)
+    alembic.command.stamp(migrations, None, purge=True)
     engine.dispose()
 
 
