@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from pyramid.config import Configurator
-from pyramid.exceptions import ConfigurationExecutionError
 
 from ws_celery import get_celery_app
 from ws_celery.applications import load_registry
@@ -310,7 +309,7 @@ def test_a_web_process_that_knows_its_file_does_not_start_without_its_sections(s
     config = Configurator(settings={"__file__": path, "celery.broker_url": "memory://"})
     config.include("ws_celery")
 
-    with pytest.raises(ConfigurationExecutionError, match=r"\[celery\] is not read"):
+    with pytest.raises(ConfigurationError, match=r"\[celery\] is not read"):
         config.commit()
 
 

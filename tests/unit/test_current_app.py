@@ -12,13 +12,14 @@ import pytest
 import transaction
 from celery import Celery, _state, chain, chord, current_app, group, shared_task, signature
 from celery.result import AsyncResult
+from pyramid.config import PHASE3_CONFIG
 from pyramid.paster import bootstrap
 from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.scripting import prepare
 from pyramid.threadlocal import RequestContext
 
-from ws_celery import RequestAwareTask, TransactionalTask, shell, task
+from ws_celery import RequestAwareTask, TransactionalTask, get_celery_app, shell, task
 from ws_celery.config import make_celery_app
 
 
@@ -410,10 +411,12 @@ def test_an_application_that_is_being_configured_is_not_finalized(
     )
     monkeypatch.syspath_prepend(tmp_path)
     config = make_config(celery="imports = with_shared")
-    app = make_celery_app(config)
+    app, after_imports = get_celery_app(config.registry), []
+    config.action(None, lambda: after_imports.append(app.finalized), order=PHASE3_CONFIG + 1)
+    make_celery_app(config)
     sys.modules.pop("with_shared")
 
-    assert not app.finalized
+    assert after_imports == [False]
     assert "found" in app.tasks
     app.close()
 

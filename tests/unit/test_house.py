@@ -13,13 +13,13 @@ HOUSE = read_house()
 
 
 def test_there_are_not_more_modules_and_lines_than_there_were():
-    assert len(HOUSE.modules) <= 170
-    assert sum(HOUSE.lines) <= 24_000
+    assert len(HOUSE.modules) <= 175
+    assert sum(HOUSE.lines) <= 26_500
 
 
 def test_a_module_is_read_in_one_sitting():
     assert statistics.median(HOUSE.lines) <= 220
-    assert max(HOUSE.lines) <= 560
+    assert max(HOUSE.lines) <= 600
 
 
 def test_a_function_is_read_at_a_glance():
