@@ -53,8 +53,8 @@ def wire() -> None:
 
     wrap(Journal, "_insert", "dispatch.begun", "dispatch.written")
     wrap(PyramidCelery, "publish", "dispatch.committed")
-    wrap(Publisher, "flush", "publish.begun", "publish.done")
-    _trap(Publisher, "flush", "publish.middle", _send_half)
+    wrap(Publisher, "attempt", "publish.begun", "publish.done")
+    _trap(Publisher, "attempt", "publish.middle", _send_half)
     wrap(Claim, "begin", "claim.begun", "claim.done")
     wrap(Unclaimed, "_replace_row", "handover.begun", "handover.committed")
     wrap(Unclaimed, "hand_over", "handover.called", "handover.done")
