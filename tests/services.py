@@ -50,9 +50,8 @@ def redis_url() -> Iterator[str]:
     with ExitStack() as stack:
         if _answers(6379):
             url = f"{REDIS}/{stack.enter_context(_redis_database())}"
-            with redis.Redis.from_url(url) as client:
-                client.flushdb()
-                stack.callback(redis.Redis.from_url(url).flushdb)
+            _flush(url)
+            stack.callback(_flush, url)
         else:
             url = stack.enter_context(_embedded_broker()).url(0)
         yield url
@@ -124,6 +123,11 @@ def start_broker() -> Iterator[Callable[[EmbeddedBroker], Any]]:
     """Start an embedded broker until the end of the test; returns its process."""
     with ExitStack() as stack:
         yield lambda broker: stack.enter_context(_running_broker(broker))
+
+
+def _flush(url: str) -> None:
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
 
 
 def _missing(reason: str) -> NoReturn:

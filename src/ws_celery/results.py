@@ -60,8 +60,9 @@ class _Waits:
         """Return ``wait``, which waits for a result, so that it raises ``NotRunYet``."""
 
         def wait_for_result(result: Any, *args: Any, on_interval: Any = None, **how: Any) -> Any:
-            awaited = set(_ids(result))
-            self._refuse_recorded(awaited)
+            self._refuse_recorded(set(_ids(result)))
+            # A chord with a skipped part has an end: its body fails.
+            awaited = set(_ids(result, parts_of_chords=False))
 
             def look() -> None:
                 if self._consumer is None:  # it is not told of states
@@ -106,12 +107,13 @@ class _Waits:
             raise NotRunYet(task_id, f"It was skipped: {reason}. {NotRunYet.SKIPPED}")
 
 
-def _ids(result: Any) -> Iterator[str]:
+def _ids(result: Any, *, parts_of_chords: bool = True) -> Iterator[str]:
     """Yield the ids of the tasks that have to run before a result is there, and its own."""
+    wanted = True
     while result is not None:
         results = getattr(result, "results", None)
-        for each in results or ():
-            yield from _ids(each)
+        for each in results or () if wanted else ():
+            yield from _ids(each, parts_of_chords=parts_of_chords)
         if results is None:
             yield result.id
-        result = result.parent
+        result, wanted = result.parent, parts_of_chords

@@ -24,18 +24,25 @@ from tests.waiting import SOON
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_collection_looks_at_what_tests_make() -> Iterator[None]:
+def _a_collection_looks_at_what_tests_make() -> None:
     # Modules are most of the objects, and each collection would take a tenth of a second for them.
     gc.collect()
     gc.freeze()
-    yield
+
+
+def pytest_sessionfinish() -> None:
     gc.unfreeze()
+    _collect_sockets()
 
 
 @pytest.fixture(autouse=True)
 def _sockets_end_with_their_test() -> Iterator[None]:
-    # Celery leaves those of result backends to the garbage collector, which warns of each.
     yield
+    _collect_sockets()
+
+
+def _collect_sockets() -> None:
+    # Celery leaves those of result backends to the garbage collector, which warns of each.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
