@@ -412,7 +412,7 @@ def test_a_message_that_comes_again_after_a_crash_takes_over(make, start_worker,
     app = make(locked)
     crashed = other_run(app, key, task_id=uuid.uuid4().hex, timeout=1)
     if hasattr(crashed.store, "_sessions"):
-        threading.Timer(0.5, crashed.end).start()  # its connection ends with its process
+        threading.Timer(0.5, crashed.store.abandon, [crashed]).start()  # as its process ends
     start_worker(app)
     result = locked.apply_async((app.request(), key), task_id=crashed.id)
 
