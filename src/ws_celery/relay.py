@@ -169,14 +169,20 @@ class Relay:
             return
         if not self.canary.lives():
             self.canary.declare_all()
-            log.warning(
-                "The broker has lost its data, or is new: %d unfinished tasks are sent again",
-                self._deliveries.all_due(),
-            )
+            self._tell_of_loss(self._deliveries.all_due())
             # Last: who dies before leaves the loss to be seen.
             self.canary.lay()
         # Not all relays at the same time: the first one mends a loss for all.
         self._watch_at = monotonic() + self.watch * uniform(0.5, 1)  # noqa: S311 - no secret
+
+    def _tell_of_loss(self, unfinished: int) -> None:
+        if unfinished:
+            log.warning(
+                "The broker has lost its data, or is new: %d unfinished tasks are sent again",
+                unfinished,
+            )
+        else:  # so it is whenever an outbox is new
+            log.info("The broker is watched from now on; no task is unfinished")
 
     # The outbox
 

@@ -94,6 +94,12 @@ def test_an_entry_of_the_database_needs_no_other_source():
         ({"overlap": "skp"}, "overlap = 'skp' is not allow or skip; did you mean skip?"),
         ({"args": {"a": 1}}, "args = {'a': 1} is of the type dict"),
         ({"options": {"que": "a"}}, "has the unknown key que; did you mean queue?"),
+        (
+            {"options": {"task_id": "a"}},
+            "has task_id, which cannot be set: each call and each tick has an id of its own; leave "
+            "it out$",
+        ),
+        ({"options": {"eta": "2027-01-31T09:00Z"}}, "has eta, which .*; write countdown, in sec"),
         ({"enabledd": False}, "has the unknown field enabledd; did you mean enabled?"),
         ({"starts_at": "2027-01-31T09:00"}, "has no offset from UTC; did you mean 2027-01-31T09"),
         ({"expires": "tomorrow"}, "is no time such as"),

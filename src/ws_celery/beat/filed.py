@@ -44,6 +44,7 @@ class FileScheduler(beat.PersistentScheduler):
 
     def setup_schedule(self) -> None:
         """Read the file, and merge what code and INI say."""
+        log.info("The last runs are kept in the file %s", Path(self.schedule_filename).absolute())
         self._entries = install(self.app)
         self._make_sure_of_file()
         super().setup_schedule()
@@ -72,7 +73,7 @@ class FileScheduler(beat.PersistentScheduler):
         log.error(
             "The file of the last runs, %s, cannot be read (%r). It is set aside as *.corrupt-%s, "
             "and all entries begin anew",
-            self.schedule_filename,
+            Path(self.schedule_filename).absolute(),
             exc,
             stamp,
         )

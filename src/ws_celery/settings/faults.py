@@ -12,7 +12,13 @@ from ws_celery.exceptions import Fault
 from ws_celery.masking import masked
 from ws_celery.settings.kinds import Kind
 
-__all__ = ("Faults", "Place", "Value")
+__all__ = ("OF_ONE_CALL", "Faults", "Place", "Value")
+
+#: Options of one call, refused in what is configured for all calls; with the reason.
+OF_ONE_CALL = {
+    "task_id": "cannot be set: each call and each tick has an id of its own; leave it out",
+    "eta": "cannot be set: all calls would have the same; write countdown, in seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,10 @@ class Faults(list[Fault]):
         for key, value in values.items():
             kind = kinds.get(key)
             if kind is None:
-                close = nearest(key, (*kinds, *also))
-                self.at(value.place, "this key is not known", value=value.text, close=close)
+                reason = OF_ONE_CALL.get(key) if "countdown" in kinds else None
+                close = None if reason else nearest(key, (*kinds, *also))
+                problem = reason or "this key is not known"
+                self.at(value.place, problem, value=value.text, close=close)
                 continue
             with self.catching(value, kind.expected):
                 found[key] = kind.accept(value.text)

@@ -21,6 +21,7 @@ from ws_celery.settings.broker_kinds import (
     SERIALIZER,
 )
 from ws_celery.settings.command_kinds import COMMANDS
+from ws_celery.settings.faults import OF_ONE_CALL
 from ws_celery.settings.kinds import (
     BASE_URL,
     BOOL,
@@ -335,6 +336,8 @@ def accept_keys(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[st
     """
     found = {}
     for key, value in values.items():
+        if key in OF_ONE_CALL and "countdown" in kinds:
+            raise Refused(f"has {key}, which {OF_ONE_CALL[key]}")
         if key not in kinds:
             raise Refused(f"has the unknown key {key}", nearest(key, kinds))
         try:
