@@ -28,7 +28,7 @@ def test_a_task_of_a_schedule_that_is_not_registered_is_an_error(found):
     finding = found("[celerybeat:a]\ntask = knwon\ntype = integer\nschedule = 1\n")["unknown-task"]
 
     assert finding.severity == "error"
-    assert "[celerybeat:a] task = knwon: no such task is registered" in finding.text
+    assert "[celerybeat:a] the task 'knwon' is not registered; did you mean known?" in finding.text
 
 
 @pytest.mark.parametrize("section", ["celeryroute:knwon", "celeryroute:kno.*", "celeryannotate:x"])
@@ -227,7 +227,12 @@ def test_the_table_tells_name_value_type_and_place(run, site, monkeypatch):
     assert ["broker_url", "memory://", "str", f"{path}:6"] in table
     assert ["redis_password", "********", "str", f"{path}:8"] in table
     assert "queue celery" in output
-    assert "*/5 * * * * -> known" in output
+    assert "crontab: */5 * * ..." in output
+
+    monkeypatch.delenv("COLUMNS")  # in a pipe
+    table = [line.split() for line in run("--ini", path)[1].splitlines()]
+    entry = "crontab: */5 * * * * -> known"
+    assert ["entry", "a", *entry.split(), "crontab", f"{path}:15"] in table
     assert "hunter2" not in output
     assert output.endswith(f"{path}: 0 errors, 0 warnings.\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from celery.backends.base import DisabledBackend
@@ -11,7 +11,7 @@ from celery.schedules import crontab
 from ws_celery.beat.entry import Entry, Known, problem_of_name
 from ws_celery.beat.fitting import fitted
 from ws_celery.beat.merging import merge
-from ws_celery.exceptions import ConfigurationError
+from ws_celery.exceptions import ConfigurationError, Fault
 
 __all__ = (
     "check_sources",
@@ -20,6 +20,7 @@ __all__ = (
     "entry_of",
     "fields_by_source",
     "install",
+    "problems_of_sources",
 )
 
 _WORDS_OF_A_CRONTAB = 5
@@ -78,25 +79,24 @@ def check_sources(app: Any) -> None:
 
     :raises ConfigurationError: with all that is wrong.
     """
-    entries, code = entries_of(app, {}), _code(app)
-    problems = [
-        f"[celerybeat:{name}] {entry.problem}"
-        for name, entry in entries.items()
-        if entry.problem and entry.enabled
-    ]
-    problems += [
-        f"[celerybeat:{name}] has no task, and code declares no entry of this name."
-        for name, fields in _ini(app).items()
-        if "task" not in fields and fields.get("enabled", True) and name not in code
-    ]
-    if app.schedule is not None:
-        problems += [
-            f"[celerybeat:{name}] cannot be kept in the database: {problem}. Give it another name."
-            for name in entries
-            if (problem := problem_of_name(name))
-        ]
-    if problems:
+    if problems := [problem for _, problem in problems_of_sources(app)]:
         raise ConfigurationError(*problems)
+
+
+def problems_of_sources(app: Any) -> Iterator[tuple[str, Fault]]:
+    """Yield names of entries, and why what code and INI say of them cannot be run."""
+    entries, code = entries_of(app, {}), _code(app)
+    for name, entry in entries.items():
+        if entry.problem and entry.enabled:
+            yield name, Fault(f"[celerybeat:{name}] {entry.problem}")
+    for name, fields in _ini(app).items():
+        if "task" not in fields and fields.get("enabled", True) and name not in code:
+            problem = "has no task, and code declares no entry of this name"
+            yield name, Fault(f"[celerybeat:{name}] {problem}")
+    for name in entries if app.schedule is not None else ():
+        if reason := problem_of_name(name):
+            problem = f"cannot be kept in the database: {reason}. Give it another name"
+            yield name, Fault(f"[celerybeat:{name}] {problem}")
 
 
 def install(app: Any) -> dict[str, Entry]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import traceback
 from collections.abc import Iterator
-from configparser import InterpolationError
 
 from pyramid.exceptions import ConfigurationExecutionError
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import get_celery_app, load_registry
-from ws_celery.checks.application import look_at_application
+from ws_celery.checks.application import entries_of_code, look_at_application
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
-from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded
+from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded, WsCeleryError
+from ws_celery.logs import set_up_logging
 from ws_celery.masking import masked_text
 from ws_celery.settings import WITHOUT_EFFECT, Configuration, survey
 from ws_celery.settings.interpolation import interpolation_problem
 
-__all__ = ("examine",)
+__all__ = ("examine", "explain")
 
 
 def examine(config_uri: str) -> Report:
@@ -38,7 +40,7 @@ def examine(config_uri: str) -> Report:
         if app is not None:
             # What was set in code is in there, too.
             configuration = app.configuration or configuration
-            report.rows = configuration.rows
+            report.rows = [*configuration.rows, *entries_of_code(app, configuration)]
             report.findings += look_at_application(app, configuration, config_uri)
     order = (ERROR, WARNING, NOTE)
     report.findings = sorted(
@@ -73,21 +75,52 @@ def _root() -> Iterator[Finding]:
 
 def _load(config_uri: str, report: Report) -> PyramidCelery | None:
     try:
+        set_up_logging(config_uri)
         return get_celery_app(load_registry(config_uri))
     except Exception as error:  # noqa: BLE001  whatever the application does
         cause = error.evalue if isinstance(error, ConfigurationExecutionError) else error
         if isinstance(cause, ConfigurationError):
             report.findings += map(_fault, cause.faults)
         else:
-            report.findings.append(Finding(ERROR, "application", _reason(cause, config_uri)))
+            text = str(explain(cause, config_uri) or _told(cause))
+            report.findings.append(Finding(ERROR, "application", text))
     return None
 
 
-def _reason(error: BaseException, config_uri: str) -> str:
+def _told(cause: BaseException) -> str:
+    return f"the application cannot be loaded ({type(cause).__name__}: {masked_text(str(cause))})"
+
+
+def explain(error: BaseException, config_uri: str) -> WsCeleryError | None:
+    """Return what to say of an error, or ``None`` if it is the application's own."""
+    if isinstance(error, ConfigurationExecutionError) and isinstance(error.evalue, WsCeleryError):
+        error = error.evalue
     if isinstance(error, NotIncluded):
-        return str(NotIncluded(f"The application in {config_uri}"))
-    if isinstance(error, InterpolationError):
-        # Its own text has a part of the value.
-        return f"[{error.section}] {error.option}: {interpolation_problem(error)}"
-    reason = f"{type(error).__name__}: {masked_text(str(error))}"
-    return f"the application cannot be loaded ({reason})"
+        return NotIncluded(f"The application in {config_uri}")
+    if isinstance(error, WsCeleryError):
+        return error
+    if isinstance(error, configparser.InterpolationError):
+        # Its own text shows a part of the value, which may be a password.
+        return ConfigurationError(
+            f"{config_uri}: [{error.section}] {error.option}: {interpolation_problem(error)}."
+        )
+    if isinstance(error, (configparser.Error, UnicodeDecodeError)):
+        _, faults = survey(config_uri, need_broker=False)
+        return ConfigurationError(*faults) if faults else None
+    if isinstance(error, (ImportError, AttributeError)) and _raised_by_paste(error):
+        return ConfigurationError(
+            f"{config_uri}: the application cannot be found ({error}). Its section names it by "
+            "`use`, such as `use = egg:myapp` or `use = call:myapp:main`."
+        )
+    if isinstance(error, LookupError) and _raised_by_paste(error):
+        return ConfigurationError(
+            f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
+        )
+    return None
+
+
+def _raised_by_paste(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    callers = [name for name in modules if not name.startswith(("importlib", "pkg_resources"))]
+    return bool(callers) and callers[-1].startswith("paste.deploy")

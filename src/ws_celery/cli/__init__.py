@@ -21,8 +21,9 @@ from kombu.exceptions import OperationalError
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import INI_VARIABLE
+from ws_celery.checks import check_pool
 from ws_celery.cli.aliases import clean, run, view
-from ws_celery.cli.application import check_pool, check_schedule, find_ini, load_celery_app
+from ws_celery.cli.application import check_schedule, find_ini, load_celery_app
 from ws_celery.cli.arguments import Options, command_of, take_ini_uri, take_options
 from ws_celery.cli.beat import beat
 from ws_celery.cli.call import call

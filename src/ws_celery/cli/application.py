@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import configparser
 import os
-import sys
-import traceback
 from pathlib import Path
 
 import click
 import plaster
 from celery import signals
-from pyramid.exceptions import ConfigurationExecutionError
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import INI_VARIABLE, get_celery_app, load_registry
 from ws_celery.beat.sources import check_sources, install
-from ws_celery.exceptions import (
-    ConfigurationError,
-    NotIncluded,
-    WsCeleryError,
-)
+from ws_celery.checks import explain
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.logs import log_arguments_of_failures, set_up_logging
-from ws_celery.settings import our_setting, survey
+from ws_celery.settings import our_setting
 
-__all__ = ("READY_VARIABLE", "check_pool", "check_schedule", "find_ini", "load_celery_app")
+__all__ = ("READY_VARIABLE", "check_schedule", "find_ini", "load_celery_app")
 
 #: Environment variable that names a file which the worker makes when it takes tasks.
 READY_VARIABLE = "WS_CELERY_READY_FILE"
@@ -80,7 +73,7 @@ def load_celery_app(config_uri: str) -> PyramidCelery:
         if our_setting(app.registry.settings, "ws_celery.log_arguments", default=False):
             log_arguments_of_failures()
     except Exception as error:
-        explained = _explain(error, config_uri)
+        explained = explain(error, config_uri)
         if explained is None:
             raise
         raise explained from None
@@ -98,53 +91,3 @@ def check_schedule(app: PyramidCelery) -> None:
     app.finalize()  # its handlers may declare entries
     check_sources(app)
     install(app)
-
-
-def check_pool(app: PyramidCelery) -> None:
-    """Make sure that the standard library is patched if the configured pool needs that.
-
-    :raises ConfigurationError: if it is not: tasks would share their thread-locals.
-    """
-    pool = app.conf.worker_pool
-    module = {"gevent": "gevent.monkey", "eventlet": "eventlet.patcher"}.get(pool)
-    if module is not None and module not in sys.modules:
-        raise ConfigurationError(
-            f"[celery] worker_pool = {pool} comes too late: {pool} has to patch the standard "
-            f"library before the application is loaded. Start the worker with --pool {pool}."
-        )
-
-
-def _explain(error: Exception, config_uri: str) -> WsCeleryError | None:
-    """Return what to say of an error, or ``None`` if it is the application's own."""
-    if isinstance(error, ConfigurationExecutionError) and isinstance(error.evalue, WsCeleryError):
-        error = error.evalue
-    if isinstance(error, NotIncluded):
-        return NotIncluded(f"The application in {config_uri}")
-    if isinstance(error, WsCeleryError):
-        return error
-    if isinstance(error, configparser.InterpolationError):
-        # Its own text shows a part of the value, which may be a password.
-        return ConfigurationError(
-            f"{config_uri}: [{error.section}] {error.option} cannot be interpolated. "
-            "Write a percent sign as %%."
-        )
-    if isinstance(error, (configparser.Error, UnicodeDecodeError)):
-        _, faults = survey(config_uri, need_broker=False)
-        return ConfigurationError(*faults) if faults else None
-    if isinstance(error, (ImportError, AttributeError)) and _raised_by_paste(error):
-        return ConfigurationError(
-            f"{config_uri}: the application cannot be found ({error}). Its section names it by "
-            "`use`, such as `use = egg:myapp` or `use = call:myapp:main`."
-        )
-    if isinstance(error, LookupError) and _raised_by_paste(error):
-        return ConfigurationError(
-            f"{config_uri}: {error}. An [app:main] section is needed, which names the application."
-        )
-    return None
-
-
-def _raised_by_paste(error: BaseException) -> bool:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
-    callers = [name for name in modules if not name.startswith(("importlib", "pkg_resources"))]
-    return bool(callers) and callers[-1].startswith("paste.deploy")

@@ -28,12 +28,14 @@ def table(
     :param giving_way: numbers of the columns that are cut where the terminal is narrow, the first
         one first.
     :param left_out: number of the column that is left out where that is not enough.
-    :param whole: whether lines are longer than the terminal rather than cut at their end.
+    :param whole: whether lines are longer than the terminal rather than cut at their end; in a pipe
+        nothing is cut then.
     """
     columns = shutil.get_terminal_size((0, 0)).columns
     width = 0 if whole else columns
     full = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    widths = _fitted(dict(enumerate(full)), giving_way, columns or _USUAL, _NARROW)
+    room = columns or (sum(full) * 2 if whole else _USUAL)
+    widths = _fitted(dict(enumerate(full)), giving_way, room, _NARROW)
     if width and _length(widths) > width:
         kept = {number: each for number, each in enumerate(full) if number != left_out}
         widths = _fitted(kept, giving_way, width, _NARROW)
