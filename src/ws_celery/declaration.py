@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import update_wrapper
 from itertools import chain, islice
@@ -22,7 +21,7 @@ from ws_celery.bulk import split_call
 from ws_celery.derivers import check_options, derive, task_derivers
 from ws_celery.exceptions import ConfigurationError, Fault, TaskNotRegistered
 from ws_celery.locks import apply_option, check_rule
-from ws_celery.masking import masked
+from ws_celery.masking import logger_of, masked, without_arguments
 from ws_celery.request import calling, split_request
 from ws_celery.tasks import problem_of_request
 from ws_celery.transactional import TransactionalTask
@@ -37,7 +36,7 @@ __all__ = (
     "task",
 )
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
@@ -241,7 +240,9 @@ def add_periodic_task(
     introspectable = config.introspectable(
         "celery periodic tasks", name, name, "celery periodic task"
     )
-    introspectable.update(name=name, task=task_name, schedule=schedule, fields=masked("", fields))
+    introspectable.update(name=name, task=task_name, fields=without_arguments(masked("", fields)))
+    mapping = isinstance(schedule, Mapping)
+    introspectable["schedule"] = without_arguments(schedule) if mapping else schedule
 
     def register() -> None:
         declare(get_celery_app(config.registry), name, task_name, schedule, **fields)

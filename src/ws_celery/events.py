@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from ws_celery.interfaces import (
     ITasksPublished,
     IWorkerProcessInit,
 )
+from ws_celery.masking import logger_of
 
 __all__ = (
     "BeforeDispatch",
@@ -35,7 +35,7 @@ __all__ = (
     "tell",
 )
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 @implementer(ICeleryEvent)
@@ -106,7 +106,7 @@ class PublishFailed(TasksPublished):
     :param error: the reason.
     """
 
-    error: BaseException
+    error: BaseException = field(repr=False)
 
 
 @implementer(ITaskFinished)
@@ -134,7 +134,7 @@ class TaskFinished(_Event):
     kwargs: Mapping[str, Any] = field(repr=False)
     state: str
     result: Any = field(repr=False)
-    error: BaseException | None
+    error: BaseException | None = field(repr=False)
     runtime: float
 
     @property

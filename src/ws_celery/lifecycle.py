@@ -11,16 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 from celery import signals, states
 from celery._state import get_current_app
+from celery.app.events import Events as CeleryEvents
+from celery.events.dispatcher import EventDispatcher as CeleryEventDispatcher
 from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
 
 from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, tell
 from ws_celery.exceptions import Duplicate, Skipped
+from ws_celery.logs import filter_handlers
+from ws_celery.masking import masked_text
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("PyramidFixup", "PyramidLoader", "dispose_engines")
+__all__ = (
+    "EventDispatcher",
+    "Events",
+    "PyramidFixup",
+    "PyramidLoader",
+    "dispose_engines",
+)
+
+#: Fields of Celery's events that may hold secrets.
+_TOLD = ("args", "kwargs", "result", "exception", "traceback")
 
 
 class PyramidFixup:
@@ -35,6 +48,8 @@ class PyramidFixup:
         signals.worker_process_init.connect(self.on_process_init)
         signals.worker_ready.connect(self.on_worker_ready)
         signals.beat_init.connect(self.on_beat_init)
+        for signal in (signals.after_setup_logger, signals.after_setup_task_logger):
+            signal.connect(filter_handlers)
 
     def on_process_init(self, **_: Any) -> None:
         """Let a forked child open database connections of its own, and tell the application."""
@@ -72,6 +87,31 @@ class PyramidLoader(AppLoader):
         """Tell the application that a run is over."""
         if task.app is self.app and hasattr(task.request, "ws_celery_begun"):
             _tell_finished(task, run)
+
+
+class Events(CeleryEvents):
+    """``app.events``: what Flower and ``ws-celery events`` show of them has no secrets."""
+
+    dispatcher_cls = "ws_celery.lifecycle:EventDispatcher"
+
+
+class EventDispatcher(CeleryEventDispatcher):
+    """Sends events as Celery does, without passwords in errors, results and words of arguments."""
+
+    def send(self, *args: Any, **fields: Any) -> Any:
+        """Send an event of this process."""
+        return super().send(*args, **_told(fields))
+
+    def publish(self, kind: str, fields: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Send an event with another producer."""
+        return super().publish(kind, _told(fields), *args, **options)
+
+
+def _told(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: masked_text(value) if name in _TOLD and isinstance(value, str) else value
+        for name, value in fields.items()
+    }
 
 
 def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:

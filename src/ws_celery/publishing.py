@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -18,13 +17,14 @@ from pyramid.registry import Registry
 from ws_celery.dispatch import Publication
 from ws_celery.events import PublishFailed, TasksPublished, tell
 from ws_celery.exceptions import BrokerUnavailable
+from ws_celery.masking import logger_of
 from ws_celery.redis_channel import lighten
 from ws_celery.settings import our_setting
 from ws_celery.shown_arguments import described_arguments
 
 __all__ = ("Publisher", "batch")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: Seconds by which each message lengthens the flush: a long list is no sign of a slow broker.
 PER_MESSAGE = 0.001

@@ -8,7 +8,6 @@ dies in between, the lease brings the rows again.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -24,13 +23,14 @@ from ws_celery.applications import get_celery_app
 from ws_celery.canary import Canary
 from ws_celery.dispatch import Publication
 from ws_celery.exceptions import BrokerUnavailable
+from ws_celery.masking import logger_of
 from ws_celery.outages import BACKOFF, Service
 from ws_celery.outbox.deliveries import Deliveries
 from ws_celery.settings import our_setting
 
 __all__ = ("BATCH", "Relay", "includeme")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: How many rows one transaction claims, and one flush publishes.
 BATCH = 1000

@@ -53,6 +53,9 @@ class RequestAwareTask(Task):
 
     abstract = True
 
+    #: What a worker makes of its messages.
+    Request = "ws_celery.consumer:Request"
+
     #: Whether its function gets a request that its messages do not have; saying so for a task whose
     #: function has another name than ``request`` for it tells that this is meant.
     takes_request = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import closing
 from datetime import datetime, timezone
 from heapq import heapify, heapreplace
@@ -18,10 +17,11 @@ from ws_celery.beat.overlap import is_unfinished
 from ws_celery.beat.sending import call
 from ws_celery.beat.sources import install
 from ws_celery.beat.ticks import due_tick, next_tick
+from ws_celery.masking import logger_of
 
 __all__ = ("FileScheduler",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: Of all entries, in Celery's heap.
 _PRIORITY = 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from datetime import datetime
 from time import monotonic
@@ -18,12 +17,13 @@ from ws_celery.beat.listening import Listener
 from ws_celery.beat.sources import entries_of, entry_of, install
 from ws_celery.beat.store import Store
 from ws_celery.beat.ticks import due_tick, next_tick
+from ws_celery.masking import logger_of
 from ws_celery.outages import Service
 from ws_celery.settings import our_setting
 
 __all__ = ("DatabaseScheduler",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: How many entries one transaction claims.
 BATCH = 1000

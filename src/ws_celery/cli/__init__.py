@@ -11,6 +11,8 @@ import copy
 import json
 import os
 import sys
+from traceback import format_exception
+from types import TracebackType
 from typing import Any
 
 import click
@@ -39,6 +41,7 @@ from ws_celery.cli.results import results
 from ws_celery.cli.schedule import schedule
 from ws_celery.cli.shell import shell
 from ws_celery.cli.status import status
+from ws_celery.cli.tables import SafeContext, echo
 from ws_celery.cli.tasks import tasks, workers
 from ws_celery.cli.worker import multi, worker
 from ws_celery.exceptions import (
@@ -133,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
 
     :param argv: arguments without the program's name; the process's own by default.
     """
+    if argv is None:
+        sys.excepthook = _print_error
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options, arguments = take_options(arguments)
@@ -141,11 +146,18 @@ def main(argv: list[str] | None = None) -> None:
         app = _load(options.ini, arguments)
         _group(app).main(args=arguments, prog_name="ws-celery", auto_envvar_prefix="CELERY")
     except WsCeleryError as error:
-        click.echo(f"Error: {error}", err=True)
+        echo(f"Error: {error}", err=True)
         sys.exit(_EXIT_CODES.get(type(error), _USAGE))
     except OperationalError as error:
-        click.echo(f"Error: the broker does not answer: {masked_text(str(error))}", err=True)
+        echo(f"Error: the broker does not answer: {masked_text(str(error))}", err=True)
         sys.exit(EX_UNAVAILABLE)
+
+
+def _print_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print what nobody has handled as Python does, without its secrets."""
+    echo(masked_text("".join(format_exception(kind, error, trace)).rstrip()), err=True)
 
 
 def _remember(options: Options) -> None:
@@ -185,10 +197,18 @@ def _group(app: PyramidCelery | None) -> click.Group:
         "ws-celery",
         commands=_COMMANDS,
         params=[*_INI_OPTIONS, app_option, *params],
-        callback=celery.callback,
+        callback=_prepare,
         invoke_without_command=True,
         help="Run and look after the Celery of a Pyramid application.",
     )
+
+
+@click.pass_context
+def _prepare(context: click.Context, /, **options: Any) -> Any:
+    outcome = context.invoke(celery.callback, **options)
+    if (made := context.obj) is not None:
+        context.obj = SafeContext(made.app, made.no_color, made.workdir, made.quiet)
+    return outcome
 
 
 def _tell_of_ini(command: click.Command) -> None:
@@ -202,5 +222,5 @@ def _tell_of_ini(command: click.Command) -> None:
 
 def _print_version(context: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted:
-        click.echo(f"ws-celery {__version__}, Celery {VERSION_BANNER}")
+        echo(f"ws-celery {__version__}, Celery {VERSION_BANNER}")
         context.exit()

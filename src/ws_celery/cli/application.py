@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import click
 import plaster
 from celery import signals
 
@@ -13,6 +12,7 @@ from ws_celery.app import PyramidCelery
 from ws_celery.applications import INI_VARIABLE, get_celery_app, load_registry
 from ws_celery.beat.sources import check_sources, install
 from ws_celery.checks import explain
+from ws_celery.cli.tables import echo
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.logs import log_arguments_of_failures, set_up_logging
 from ws_celery.settings import our_setting
@@ -49,7 +49,7 @@ def find_ini(ini: str | None) -> str:
 def _development_ini() -> str | None:
     if not Path(_DEVELOPMENT_INI).is_file():
         return None
-    click.echo(f"Using ./{_DEVELOPMENT_INI}; --ini names another file.", err=True)
+    echo(f"Using ./{_DEVELOPMENT_INI}; --ini names another file.", err=True)
     # For what asks next, and for children that start anew.
     os.environ[INI_VARIABLE] = path = str(Path(_DEVELOPMENT_INI).absolute())
     return path

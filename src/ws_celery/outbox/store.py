@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -13,6 +12,7 @@ from celery import Task
 from sqlalchemy import Connection
 
 from ws_celery.dispatch import ROW_HEADER, Publication, held_publications, holding
+from ws_celery.masking import logger_of
 from ws_celery.outbox.claim import Claim
 from ws_celery.outbox.database import Database
 from ws_celery.outbox.journal import Journal
@@ -25,7 +25,7 @@ from ws_celery.outbox.unclaimed import Unclaimed
 
 __all__ = ("Outbox",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class Outbox(Database):

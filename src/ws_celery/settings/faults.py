@@ -9,7 +9,7 @@ from typing import Any
 
 from ws_celery.converters import Refused, nearest
 from ws_celery.exceptions import Fault
-from ws_celery.masking import masked
+from ws_celery.masking import MASK, masked
 from ws_celery.settings.kinds import Kind
 
 __all__ = ("OF_ONE_CALL", "Faults", "Place", "Value")
@@ -54,6 +54,8 @@ class Place:
         """
         name = f"{self.section} {self.key} {close or ''}"
         shown = None if value is None else str(masked(name, value))
+        if value is not None and self.key in ("args", "kwargs"):
+            shown = MASK  # nobody knows the names of a task's parameters here
         return Fault(problem, self.file, self.line, self.section, self.key, shown, expected, close)
 
     def key_beside(self, key: str) -> Place:
