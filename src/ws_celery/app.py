@@ -14,7 +14,9 @@ from typing import Any
 from celery import Celery
 from celery.app.backends import by_url
 from celery.app.task import Context
+from celery.app.utils import bugreport
 from celery.utils.dispatch import Signal
+from celery.utils.text import pretty
 from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
 from zope.interface import implementer
@@ -34,6 +36,7 @@ from ws_celery.publishing import Publisher
 from ws_celery.request import HEADER, calling_request, description_of, failing
 from ws_celery.results import fit
 from ws_celery.settings import Configuration, our_setting
+from ws_celery.shown_arguments import shown_value, told_arguments
 from ws_celery.transactions import Transactions
 
 __all__ = ("PyramidCelery",)
@@ -65,6 +68,7 @@ class PyramidCelery(Celery):
     """
 
     control_cls = "ws_celery.control:Control"
+    events_cls = "ws_celery.lifecycle:Events"
 
     configuration: Configuration | None = None
     publisher: Publisher
@@ -206,12 +210,22 @@ class PyramidCelery(Celery):
         serializer = options.get("serializer") or self.conf.task_serializer
         refuse_misread(name, args, kwargs, serializer, options)
         check_key(self.tasks.get(name), args, kwargs)
+        self._describe_arguments(name, args, kwargs, options)
         try:
             with self._keeping_retries(options):
                 return super().send_task(name, args, kwargs, **options)
         except EncodeError as error:
             blame_argument(error, name, args, kwargs, serializer)
             raise
+
+    def _describe_arguments(
+        self, name: str, args: Any, kwargs: Any, options: dict[str, Any]
+    ) -> None:
+        """Tell the arguments without their secrets: Celery shows these words in logs and events."""
+        words = told_arguments(self, name, args, kwargs)
+        for key, text in zip(("argsrepr", "kwargsrepr"), words, strict=True):
+            if text is not None and options.get(key) is None:
+                options[key] = text
 
     def _keeping_retries(self, options: dict[str, Any]) -> AbstractContextManager[None]:
         if self.outbox is None:
@@ -267,8 +281,24 @@ class PyramidCelery(Celery):
         return _in_spawned_child, ()
 
     def bugreport(self) -> str:
-        """Return what ``ws-celery report`` prints, without passwords."""
-        return masked_text(super().bugreport())
+        """Return what ``ws-celery report`` prints, without secrets."""
+        report: str = bugreport(_Reported(self))
+        return masked_text(report)
+
+
+class _Reported:
+    """What Celery's report asks an app for; its settings tell no secrets."""
+
+    def __init__(self, app: PyramidCelery) -> None:
+        self._app, self.conf, self.loader = app, self, app.loader
+        self.connection = app.connection
+        self.result_backend = app.conf.result_backend
+
+    def humanize(self) -> str:
+        """Return the settings that are no defaults, one on a line."""
+        table = self._app.conf.table()
+        shown = {name: shown_value(self._app, name, value) for name, value in table.items()}
+        return "\n".join(f"{name}: {pretty(value, width=50)}" for name, value in shown.items())
 
 
 class _SignalOfApplication(Signal):

@@ -15,6 +15,7 @@ from kombu.utils.uuid import uuid
 from ws_celery.arguments import blame_argument, refuse_misread
 from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.locks import rule_of
+from ws_celery.shown_arguments import told_arguments
 
 __all__ = ("BulkPublication", "BulkResult", "Call", "Example", "dispatch_call")
 
@@ -83,8 +84,11 @@ class Example(RecordingProducer):
                 _blame(self._task, number, call, error, self._serializer)
                 raise
             args, kwargs = call
-            argsrepr = saferepr(args, app.amqp.argsrepr_maxsize, **levels)
-            kwargsrepr = saferepr(kwargs, app.amqp.kwargsrepr_maxsize, **levels) if kwargs else "{}"
+            argsrepr, kwargsrepr = told_arguments(app, self._task.name, args, kwargs)
+            argsrepr = argsrepr or saferepr(args, app.amqp.argsrepr_maxsize, **levels)
+            if kwargsrepr is None:
+                limit = app.amqp.kwargsrepr_maxsize
+                kwargsrepr = saferepr(kwargs, limit, **levels) if kwargs else "{}"
             yield BulkPublication(self, payload, (uuid(), number, argsrepr, kwargsrepr))
 
 

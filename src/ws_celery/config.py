@@ -39,7 +39,7 @@ from ws_celery.derivers import add_task_deriver
 from ws_celery.embedded import resolve
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp, ICelerySource, IRequestPropagator
-from ws_celery.masking import masked
+from ws_celery.masking import masked, without_arguments
 from ws_celery.plugins import wanted_plugins
 from ws_celery.propagation import Propagator
 from ws_celery.settings import Configuration, Setting, our_setting, read_configuration
@@ -291,6 +291,8 @@ def _introspect(config: Any, row: Setting) -> None:
     introspectable = config.introspectable(category, row.name, row.name, title)
     # The name of a task or an entry says nothing of its values.
     introspectable["value"] = masked(row.name if row.category == "option" else "", row.value)
+    if row.category == "entry":
+        introspectable["value"] = without_arguments(introspectable["value"])
     introspectable["type"] = row.type
     introspectable["file"] = row.place.file
     introspectable["line"] = row.place.line

@@ -1,4 +1,4 @@
-"""What the consumer of a worker does otherwise than Celery's, where the broker is Redis."""
+"""What the consumer of a worker does otherwise than Celery's: with errors, and with Redis."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ from typing import Any
 
 from celery.bootsteps import StartStopStep
 from celery.concurrency import prefork
+from celery.worker.request import Request as CeleryRequest
 
 from ws_celery.redis_channel import lighten
+from ws_celery.shown_arguments import shown_text
 
-__all__ = ("OnRedis",)
+__all__ = ("OnRedis", "Request")
 
 #: Seconds between two looks for what others have not acknowledged, as in kombu, whose transport
 #: option has a say.
 _INTERVAL = 10
+
+
+class Request(CeleryRequest):
+    """What a worker knows of a message; its events hide in an error what is hidden of arguments."""
+
+    def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - as Celery calls it
+        """Tell of a step of the run."""
+        call = self.args, self.kwargs
+        for name in ("exception", "traceback"):
+            if isinstance(fields.get(name), str):
+                fields[name] = shown_text(self.app, self.name, call, fields[name])
+        super().send_event(type, **fields)
 
 
 class OnRedis(StartStopStep):

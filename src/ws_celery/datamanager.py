@@ -5,7 +5,6 @@ It has joined the transaction, so that nobody has to call us.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,10 +16,11 @@ from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
 from ws_celery.dispatch import Publication, RecordingProducer
+from ws_celery.masking import logger_of
 
 __all__ = ("DispatchDataManager", "ThreadsDispatches", "raising_interruptions")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _interruptions: ContextVar[list[BaseException] | None] = ContextVar(
     "ws_celery_interruptions", default=None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import update_wrapper
 from itertools import chain, islice
@@ -20,11 +20,12 @@ from ws_celery.applications import app_if_loaded, current_celery_app, get_celery
 from ws_celery.beat.sources import declare
 from ws_celery.bulk import split_call
 from ws_celery.derivers import check_options, derive, task_derivers
-from ws_celery.exceptions import ConfigurationError, TaskNotRegistered
+from ws_celery.exceptions import ConfigurationError, Fault, TaskNotRegistered
 from ws_celery.locks import apply_option, check_rule
-from ws_celery.masking import masked
+from ws_celery.masking import logger_of, masked, without_arguments
 from ws_celery.request import calling, split_request
 from ws_celery.signatures import without_request
+from ws_celery.tasks import problem_of_request
 from ws_celery.transactional import TransactionalTask
 
 __all__ = (
@@ -36,6 +37,8 @@ __all__ = (
     "celery_app",
     "task",
 )
+
+log = logger_of(__name__)
 
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
@@ -95,6 +98,8 @@ class TaskProxy:
         check_options(self.name, self._target, self.base, self._options, app)
         made = self._make(app)
         check_rule(made)
+        if problem := problem_of_request(made):
+            log.warning("%s", Fault(problem))
         derive(made, self._target, self._options)
         app.declared[self.name] = self
         if self._options.get("schedule") is not None:
@@ -258,7 +263,9 @@ def add_periodic_task(
     introspectable = config.introspectable(
         "celery periodic tasks", name, name, "celery periodic task"
     )
-    introspectable.update(name=name, task=task_name, schedule=schedule, fields=masked("", fields))
+    introspectable.update(name=name, task=task_name, fields=without_arguments(masked("", fields)))
+    mapping = isinstance(schedule, Mapping)
+    introspectable["schedule"] = without_arguments(schedule) if mapping else schedule
 
     def register() -> None:
         declare(get_celery_app(config.registry), name, task_name, schedule, **fields)
@@ -319,7 +326,7 @@ def _relate(config: Any, introspectable: Any) -> None:
         if fnmatchcase(name, each.discriminator):
             introspectable.relate(each.category_name, each.discriminator)
     for each in _configured(config, "celery schedule entries"):
-        if each["value"]["task"] == name:
+        if each["value"].get("task") == name:
             introspectable.relate(each.category_name, each.discriminator)
 
 

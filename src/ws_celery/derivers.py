@@ -176,6 +176,11 @@ def check_options(
     outbox = options.get("outbox", getattr(base, "outbox", True))
     if not isinstance(outbox, bool):
         raise ConfigurationError(f"The task {name!r} has outbox = {outbox!r}. Write True or False.")
+    if issubclass(base, RequestAwareTask) and options.get("takes_request", True) is not True:
+        raise ConfigurationError(
+            f"The task {name!r} has takes_request = {options['takes_request']!r}. Write True, or "
+            "give it base=celery.Task, whose functions get no request."
+        )
 
 
 def _unknown(name: str, option: str, known: Iterable[str]) -> Fault:

@@ -9,7 +9,6 @@ chords, no events and no ``inspect``.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import socket
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
+from ws_celery.masking import logger_of
 
 __all__ = ("SCHEME", "EmbeddedBroker", "resolve")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 SCHEME = "embedded://"
 

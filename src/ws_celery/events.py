@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from ws_celery.interfaces import (
     ITasksSpooled,
     IWorkerProcessInit,
 )
+from ws_celery.masking import logger_of
 
 __all__ = (
     "BeforeDispatch",
@@ -37,7 +37,7 @@ __all__ = (
     "tell",
 )
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 @implementer(ICeleryEvent)
@@ -119,7 +119,7 @@ class TasksSpooled(_OfMessages):
     :param error: the reason.
     """
 
-    error: BaseException
+    error: BaseException = field(repr=False)
 
 
 @implementer(IPublishFailed)
@@ -160,7 +160,7 @@ class TaskFinished(_Event):
     kwargs: Mapping[str, Any] = field(repr=False)
     state: str
     result: Any = field(repr=False)
-    error: BaseException | None
+    error: BaseException | None = field(repr=False)
     runtime: float
 
     @property

@@ -158,9 +158,13 @@ class NoCurrentApplication(WsCeleryError):
             if not candidates
             else f"{candidates} applications that include ws_celery are loaded in this process"
         )
+        remedy = "run the code inside `with pyramid.paster.bootstrap(...)`"
+        if not candidates:
+            # For Celery's own command line, whose -A is all that it knows.
+            remedy += ", or name the INI file by the environment variable WS_CELERY_INI"
         super().__init__(
             f"Cannot tell which application {what} belongs to: {found}. Pass the request as the "
-            "first argument, or run the code inside `with pyramid.paster.bootstrap(...)`."
+            f"first argument, {'or ' if candidates else ''}{remedy}."
         )
 
 

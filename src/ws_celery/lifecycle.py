@@ -12,16 +12,29 @@ from weakref import WeakSet
 
 from celery import signals, states
 from celery._state import get_current_app
+from celery.app.events import Events as CeleryEvents
+from celery.events.dispatcher import EventDispatcher as CeleryEventDispatcher
 from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
 
 from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, tell
 from ws_celery.exceptions import ConfigurationError, Duplicate, ForeignMessage, Skipped
+from ws_celery.logs import filter_handlers
+from ws_celery.masking import masked_text
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("PooledConnections", "PyramidFixup", "PyramidLoader")
+__all__ = (
+    "EventDispatcher",
+    "Events",
+    "PooledConnections",
+    "PyramidFixup",
+    "PyramidLoader",
+)
+
+#: Fields of Celery's events that may hold secrets.
+_TOLD = ("args", "kwargs", "result", "exception", "traceback")
 
 
 class PyramidFixup:
@@ -39,6 +52,8 @@ class PyramidFixup:
         signals.worker_process_shutdown.connect(self.on_process_shutdown)
         signals.worker_ready.connect(self.on_worker_ready)
         signals.beat_init.connect(self.on_beat_init)
+        for signal in (signals.after_setup_logger, signals.after_setup_task_logger):
+            signal.connect(filter_handlers)
 
     def on_worker_init(self, **_: Any) -> None:
         """Take note of database connections before the pool forks."""
@@ -98,6 +113,31 @@ class PyramidLoader(AppLoader):
         """Tell the application that a run is over."""
         if task.app is self.app and hasattr(task.request, "ws_celery_begun"):
             _tell_finished(task, run)
+
+
+class Events(CeleryEvents):
+    """``app.events``: what Flower and ``ws-celery events`` show of them has no secrets."""
+
+    dispatcher_cls = "ws_celery.lifecycle:EventDispatcher"
+
+
+class EventDispatcher(CeleryEventDispatcher):
+    """Sends events as Celery does, without passwords in errors, results and words of arguments."""
+
+    def send(self, *args: Any, **fields: Any) -> Any:
+        """Send an event of this process."""
+        return super().send(*args, **_told(fields))
+
+    def publish(self, kind: str, fields: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Send an event with another producer."""
+        return super().publish(kind, _told(fields), *args, **options)
+
+
+def _told(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: masked_text(value) if name in _TOLD and isinstance(value, str) else value
+        for name, value in fields.items()
+    }
 
 
 def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:

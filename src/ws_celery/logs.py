@@ -14,13 +14,14 @@ from celery._state import get_current_task
 from click.core import ParameterSource
 
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.masking import MASK
+from ws_celery.masking import MASK, SafeRecords
 from ws_celery.settings import ini_variables
-from ws_celery.shown_arguments import described_arguments
+from ws_celery.shown_arguments import described_arguments, shown_text
 
 __all__ = (
     "TaskFilter",
     "TaskFormatter",
+    "filter_handlers",
     "has_logging",
     "log_arguments_of_failures",
     "set_up_logging",
@@ -29,6 +30,8 @@ __all__ = (
 #: What stands for the task where none runs.
 _NONE = "-"
 
+_SAFE = SafeRecords()
+
 #: The logger by which Celery tells how a run has ended.
 _TRACE = "celery.app.trace"
 
@@ -36,16 +39,19 @@ _TRACE = "celery.app.trace"
 class TaskFilter(logging.Filter):
     """Gives each record ``task_name`` and ``task_id``; it lets all of them pass.
 
-    They are those of the task that runs in this thread, or that Celery's record is about; ``-``
-    where there is none. ``ws-celery`` adds it to the handlers of the INI file; elsewhere, add it to
-    a handler, so that the records of all loggers pass through it.
+    What ws_celery, Celery and kombu log is without secrets and terminal escapes then. The fields
+    are those of the task that runs in this thread, or that Celery's record is about; ``-`` where
+    there is none. ``ws-celery`` adds it to the handlers of the INI file; elsewhere, add it to a
+    handler, so that the records of all loggers pass through it.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the fields; always returns ``True``."""
         if not hasattr(record, "task_id"):
             record.task_name, record.task_id = _task_of(record)
-        return True
+        if record.name == _TRACE and (record.exc_info or record.exc_text):
+            _hide_arguments(record)
+        return _SAFE.filter(record)
 
 
 class TaskFormatter(logging.Formatter):
@@ -100,6 +106,13 @@ def set_up_logging(config_uri: str) -> None:
     signals.setup_logging.connect(_keep, weak=False)
 
 
+def filter_handlers(logger: logging.Logger, **_: Any) -> None:
+    """Give the handlers of a logger that Celery has set up what those of the INI file have."""
+    for handler in logger.handlers:
+        if not any(isinstance(each, TaskFilter) for each in handler.filters):
+            handler.addFilter(TaskFilter())
+
+
 def log_arguments_of_failures() -> None:
     """Let Celery's record of a failure tell the arguments of the call, their secrets masked."""
     logger = logging.getLogger(_TRACE)
@@ -123,6 +136,20 @@ def _arguments_of(told: Mapping[str, Any]) -> tuple[str, ...]:
     context = task.request
     reprs = getattr(context, "argsrepr", None), getattr(context, "kwargsrepr", None)
     return described_arguments(task.app, task.name, (context.args, context.kwargs), reprs)
+
+
+def _hide_arguments(record: logging.LogRecord) -> None:
+    """Hide in the error of a run what is hidden of its arguments."""
+    task = get_current_task()
+    if task is None or not hasattr(task.app, "registry"):
+        return
+    call = task.request.args or (), task.request.kwargs or {}
+    if record.exc_info and record.exc_text is None:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+    record.exc_text = shown_text(task.app, task.name, call, record.exc_text or "")
+    text = record.getMessage()
+    if (shown := shown_text(task.app, task.name, call, text)) != text:
+        record.msg, record.args = shown, None
 
 
 def _handlers() -> list[logging.Handler]:

@@ -1,15 +1,26 @@
-"""Secrets do not appear where values are printed; imports nothing of ours.
+"""What is printed has no secrets, and nothing that a terminal obeys; imports nothing of ours.
 
 Masking fails closed: where a text cannot be told apart, too much is hidden rather than too little.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ("MASK", "is_secret", "masked", "masked_text")
+__all__ = (
+    "MASK",
+    "SafeRecords",
+    "is_secret",
+    "logger_of",
+    "masked",
+    "masked_text",
+    "printable",
+    "without_arguments",
+)
 
 MASK = "********"
 
@@ -51,6 +62,21 @@ _AFTER = re.compile(r"[\s,;&)\]}>\"'`.:\\]|\Z")
 _SIGNED = re.compile(r"([?&;](?:sig|code)=)[^&;#\s]*", re.IGNORECASE)
 
 
+#: What a terminal obeys or nobody sees: control characters, marks that turn the direction of text,
+#: separators of lines, halves of characters.
+_NOT_PRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_LINES = "\n\t"
+
+#: The arguments in what Celery logs of a message that it cannot read, or of an unknown task.
+_BODY = re.compile(r"(body(?: was)?:\s+).*(?= \(\d+b\))", re.DOTALL)
+
+#: Whose log records are made safe; what an application logs is its own.
+_LOGGERS = ("ws_celery", "celery", "kombu")
+
+
 def is_secret(name: str) -> bool:
     """Tell whether the value of an option or key of this name has to be hidden."""
     return bool(_SECRET_NAME.search(name))
@@ -75,11 +101,18 @@ def masked(name: str, value: Any) -> Any:
     return value
 
 
+def without_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a call with its arguments hidden, for who cannot know their names."""
+    return {key: MASK if key in ("args", "kwargs") else value for key, value in fields.items()}
+
+
 def masked_text(text: str) -> str:
     """Return ``text`` without passwords: in URLs, query and connection strings, JSON and Python.
 
     Where the value of a secret name has no visible end, all that follows on its line is hidden.
     """
+    if ":" not in text and "=" not in text:
+        return text  # most values, and all that follows needs one of them
     text = "".join(_masked_url(part) for part in _URL_START.split(text))
     text = _SIGNED.sub(rf"\g<1>{MASK}", text)
     return "".join(_without_values(text))
@@ -157,3 +190,62 @@ def _masked_authority(match: re.Match[str]) -> str:
     scheme, user_info = match.groups()
     user, colon, _ = user_info.partition(":")
     return f"{scheme}{user}:{MASK}@" if colon else f"{scheme}{MASK}@"
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """Return ``text`` with all that is not to reach a terminal written as JSON escapes it.
+
+    :param lines: whether ends of lines and tabs are left as they are.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        found = match[0]
+        if lines and found in _LINES:
+            return found
+        return "\\u007f" if found == "\x7f" else json.dumps(found)[1:-1]
+
+    return _NOT_PRINTABLE.sub(escaped, text)
+
+
+class SafeRecords(logging.Filter):
+    """Lets all log records pass; those of ws_celery, Celery and kombu without secrets and escapes.
+
+    Values stay on their line, and what came with a message that nobody can read is not shown.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change what is not safe; always returns ``True``."""
+        if record.name.partition(".")[0] in _LOGGERS:
+            text = record.getMessage()
+            record.args = _on_one_line(record.args)
+            safe = printable(masked_text(_BODY.sub(rf"\g<1>{MASK}", record.getMessage())))
+            if safe != text:
+                record.msg, record.args = safe, None
+            if record.exc_info and record.exc_text is None:
+                record.exc_text = logging.Formatter().formatException(record.exc_info)
+            if record.exc_text:  # formatters print it, if it is there
+                record.exc_text = printable(masked_text(record.exc_text))
+            if isinstance(data := getattr(record, "data", None), Mapping):
+                record.data = {key: _safe(value) for key, value in data.items()}
+        return True
+
+
+def _on_one_line(args: Any) -> Any:
+    """Return the arguments of a record, whose texts could look like other records."""
+    if isinstance(args, Mapping):
+        return {key: _on_one_line((value,))[0] for key, value in args.items()}
+    if isinstance(args, tuple):
+        return tuple(printable(v, lines=False) if isinstance(v, str) else v for v in args)
+    return args
+
+
+def _safe(value: Any) -> Any:
+    return printable(masked_text(value)) if isinstance(value, str) else value
+
+
+def logger_of(name: str) -> logging.Logger:
+    """Return the logger of a module of ours, whose records are safe in every process."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(each, SafeRecords) for each in logger.filters):
+        logger.addFilter(SafeRecords())
+    return logger

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from time import monotonic
+
+from ws_celery.masking import logger_of
 
 __all__ = ("BACKOFF", "Service")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: Seconds until what has failed is tried again: at first, and at most.
 BACKOFF = (0.5, 5.0)

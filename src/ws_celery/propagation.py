@@ -11,7 +11,6 @@ the propagators by their names.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -28,11 +27,12 @@ from zope.interface import implementer
 from ws_celery.converters import nearest
 from ws_celery.exceptions import ConfigurationError, Fault, ValueNotPropagated
 from ws_celery.interfaces import IRequestPropagator
+from ws_celery.masking import logger_of
 from ws_celery.settings import our_setting
 
 __all__ = ("PROPAGATORS", "Propagation", "Propagator")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: What URLs can begin with: a client may send anything as its Host header.
 _URL = re.compile(r"https?://(\[[\da-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^?#]*)?", re.IGNORECASE)

@@ -19,7 +19,7 @@ from pyramid.registry import Registry
 from ws_celery.dispatch import Publication
 from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled, tell
 from ws_celery.exceptions import BrokerUnavailable
-from ws_celery.masking import masked_text
+from ws_celery.masking import logger_of, masked_text
 from ws_celery.redis_channel import PartlyRefused, connect, lighten
 from ws_celery.settings import our_setting
 from ws_celery.shown_arguments import described_arguments
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Attempt", "Publisher", "batch")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: Seconds by which each message lengthens the flush: a long list is no sign of a slow broker.
 PER_MESSAGE = 0.001

@@ -8,7 +8,6 @@ dies in between, the lease brings the rows again.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -24,13 +23,14 @@ from ws_celery.applications import get_celery_app
 from ws_celery.canary import Canary
 from ws_celery.dispatch import Publication
 from ws_celery.exceptions import BrokerUnavailable
+from ws_celery.masking import logger_of
 from ws_celery.outages import BACKOFF, Service
 from ws_celery.outbox.deliveries import Deliveries
 from ws_celery.settings import our_setting
 
 __all__ = ("BATCH", "Relay", "includeme")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: How many rows one transaction claims, and one flush publishes.
 BATCH = 1000
@@ -169,16 +169,22 @@ class Relay:
             return
         if not self.canary.lives():
             self.canary.declare_all()
-            log.warning(
-                "The broker has lost its data, or is new: %d unfinished tasks are sent again",
-                self._deliveries.all_due(),
-            )
+            self._tell_of_loss(self._deliveries.all_due())
             # Last: who dies before leaves the loss to be seen.
             self.canary.lay()
         elif self._broker.error:
             self.canary.lay()  # a demoted Redis answers, and takes nothing
         # Not all relays at the same time: the first one mends a loss for all.
         self._watch_at = monotonic() + self.watch * uniform(0.5, 1)  # noqa: S311 - no secret
+
+    def _tell_of_loss(self, unfinished: int) -> None:
+        if unfinished:
+            log.warning(
+                "The broker has lost its data, or is new: %d unfinished tasks are sent again",
+                unfinished,
+            )
+        else:  # so it is whenever an outbox is new
+            log.info("The broker is watched from now on; no task is unfinished")
 
     # The outbox
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from celery.utils.saferepr import saferepr
@@ -11,9 +11,12 @@ from celery.utils.saferepr import saferepr
 from ws_celery.masking import MASK, is_secret, masked, masked_text
 from ws_celery.settings import our_setting
 
-__all__ = ("described_arguments", "shown_arguments")
+__all__ = ("described_arguments", "shown_arguments", "shown_text", "shown_value", "told_arguments")
 
 _SETTING = "ws_celery.mask_arguments"
+
+#: How many characters a hidden value has at least that is looked for in other texts.
+_SHORTEST = 4
 
 #: A tuple is a list when it has travelled.
 _AS_TRAVELLED = str.maketrans("()", "[]")
@@ -27,9 +30,11 @@ def shown_arguments(app: Any, task: str | None, args: Any, kwargs: Any) -> dict[
 
     :return: ``args`` and ``kwargs``.
     """
-    names = our_setting(app.registry.settings, _SETTING, default=[])
-    hidden = {name.lower() for name in names}
+    hidden = _hidden(app)
     positions = _parameters(app.tasks.get(task))
+    if isinstance(args, str) or isinstance(kwargs, str):  # Celery's words of them
+        texts = described_arguments(app, task, None, (args, kwargs))
+        return {"args": [texts[0]], "kwargs": {"...": texts[1]}}
     return {
         "args": [
             _shown(positions[number] if number < len(positions) else "", value, hidden)
@@ -42,6 +47,77 @@ def shown_arguments(app: Any, task: str | None, args: Any, kwargs: Any) -> dict[
     }
 
 
+def shown_value(app: Any, name: str, value: Any) -> Any:
+    """Return a value for people: its secrets masked, and the arguments of each call inside of it.
+
+    :param name: the option or field that has the value.
+    :param value: what JSON can hold, and whatever Celery's settings and answers of workers hold.
+    """
+    return masked(name, _with_shown_calls(app, value, _hidden(app)))
+
+
+def shown_text(app: Any, task: str | None, call: tuple[Any, Any] | None, text: str) -> str:
+    """Return a text about a call, such as its traceback, for people.
+
+    The values that are hidden among its arguments are hidden in the text, too.
+    """
+    if call is not None:
+        shown = shown_arguments(app, task, *call)
+        for real, told in ((call[0], shown["args"]), (call[1], shown["kwargs"])):
+            for value in sorted(_hidden_texts(real, told), key=len, reverse=True):
+                text = text.replace(value, MASK)
+    return masked_text(text)
+
+
+def _hidden_texts(real: Any, told: Any) -> Iterator[str]:
+    """Yield the texts inside of ``real`` for which ``told`` has a mask."""
+    if isinstance(real, Mapping):
+        for key, value in real.items():
+            yield from _hidden_texts(value, told[key] if isinstance(told, Mapping) else told)
+    elif isinstance(real, (list, tuple)):
+        for number, value in enumerate(real):
+            yield from _hidden_texts(value, told if isinstance(told, str) else told[number])
+    elif told == MASK and isinstance(real, str) and len(real) >= _SHORTEST:
+        yield real
+
+
+def _with_shown_calls(app: Any, value: Any, hidden: set[str]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_with_shown_calls(app, inner, hidden) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    shown = {
+        key: MASK if str(key).lower() in hidden else _with_shown_calls(app, inner, hidden)
+        for key, inner in value.items()
+    }
+    if call := {"args", "kwargs"} & value.keys():
+        task = value.get("task") or value.get("name")
+        told = shown_arguments(app, task, value.get("args"), value.get("kwargs"))
+        shown.update({key: told[key] for key in call})
+    return shown
+
+
+def _hidden(app: Any) -> set[str]:
+    names = our_setting(app.registry.settings, _SETTING, default=[])
+    return {name.lower() for name in names}
+
+
+def told_arguments(app: Any, task: str, args: Any, kwargs: Any) -> tuple[str | None, str | None]:
+    """Return the words that a message has for its arguments, which Celery shows in logs and events.
+
+    :return: ``argsrepr`` and ``kwargsrepr``; ``None`` where Celery's own words tell no secret.
+    """
+    try:
+        shown = shown_arguments(app, task, args, kwargs)
+        positional, named = tuple(shown["args"]), shown["kwargs"]
+        return (
+            None if positional == tuple(args or ()) else _repr(app, positional),
+            None if named == (kwargs or {}) else _repr(app, named),
+        )
+    except Exception:  # noqa: BLE001 - values compare as they like; what cannot be sent is told later
+        return MASK, MASK
+
+
 def described_arguments(
     app: Any, task: str | None, call: tuple[Any, Any] | None, told: tuple[str | None, str | None]
 ) -> tuple[str, str]:
@@ -51,8 +127,7 @@ def described_arguments(
     :param told: ``argsrepr`` and ``kwargsrepr`` of the message; what a call gave itself is kept.
     """
     if call is None:
-        names = our_setting(app.registry.settings, _SETTING, default=[])
-        hide = names or any(map(is_secret, _parameters(app.tasks.get(task))))
+        hide = _hidden(app) or any(map(is_secret, _parameters(app.tasks.get(task))))
         args, kwargs = (MASK if hide else masked_text(str(text)) for text in told)
         return args, kwargs
     try:
@@ -65,11 +140,12 @@ def described_arguments(
 
 
 def _described(app: Any, real: Any, shown: Any, told: str | None) -> str:
-    original = _repr(app, real)
-    if told and _travelled(told) != _travelled(original):
+    ours = _repr(app, shown)
+    known = {_travelled(ours), _travelled(_repr(app, real))} if told else ()
+    if told and _travelled(told) not in known:
         # The caller's own words, most likely: other words of Celery's would have all in them.
         return masked_text(told) if shown == real else MASK
-    return masked_text(_repr(app, shown))
+    return masked_text(ours)
 
 
 def _repr(app: Any, value: Any) -> str:
@@ -106,6 +182,13 @@ def _parameters(task: Any) -> Sequence[str]:
     header = getattr(task, "__header__", None)
     if header is None:
         return ()
+    names: Sequence[str] | None = vars(task).get("_names_of_arguments")
+    if names is None:  # it is asked for at each call
+        names = task._names_of_arguments = _names(header)
+    return names
+
+
+def _names(header: Any) -> Sequence[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(header).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind in kinds]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -32,10 +33,13 @@ from ws_celery.request import (
 from ws_celery.retries import arguments_of_retry
 from ws_celery.signatures import hide_request
 
-__all__ = ("RequestAwareTask",)
+__all__ = ("RequestAwareTask", "problem_of_request")
 
 #: Celery's own tasks that call another task like a function.
 _CALLERS = ("celery.map", "celery.starmap")
+
+#: What functions call their request.
+_NAMES_OF_REQUESTS = ("request", "_request")
 
 
 class RequestAwareTask(Task):
@@ -55,7 +59,11 @@ class RequestAwareTask(Task):
 
     abstract = True
 
-    #: Whether its function gets a request that its messages do not have.
+    #: What a worker makes of its messages.
+    Request = "ws_celery.consumer:Request"
+
+    #: Whether its function gets a request that its messages do not have; saying so for a task whose
+    #: function has another name than ``request`` for it tells that this is meant.
     takes_request = True
 
     #: Whether the outbox keeps what is dispatched, if the application has one.
@@ -114,10 +122,11 @@ class RequestAwareTask(Task):
     def _run_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run with the lock of ``@one_instance``, until after the transaction has ended."""
         rule = rule_of(self)
-        if rule is None:
-            return self._run_as_task(args, kwargs)
-        with self.app.locks.hold(self, rule, args, kwargs):
-            return self._run_as_task(args, kwargs)
+        with _naming_request(self):
+            if rule is None:
+                return self._run_as_task(args, kwargs)
+            with self.app.locks.hold(self, rule, args, kwargs):
+                return self._run_as_task(args, kwargs)
 
     def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._abandon_leftovers()
@@ -176,7 +185,7 @@ class RequestAwareTask(Task):
             :exc:`kombu.exceptions.EncodeError`.
         """
         request, args, kwargs = split_request(args, kwargs)
-        with calling(request):
+        with calling(request), _naming_request(self):
             return super().apply_async(args, kwargs, *starargs, **options)
 
     def delay_many(self, calls: Iterable[Sequence[Any]]) -> GroupResult:
@@ -289,3 +298,42 @@ def _readable(error: Ignore | Reject) -> Exception:
 
 def _picklable(value: Any) -> Any:
     return get_pickleable_exception(value) if isinstance(value, Exception) else value
+
+
+def problem_of_request(task: Task) -> str | None:
+    """Return what is doubtful about how a task's function takes its request, if anything is."""
+    if not isinstance(task, RequestAwareTask) or _says_that_it_takes_one(type(task)):
+        return None
+    try:
+        parameters = [*inspect.signature(task.run).parameters.values()]
+    except (TypeError, ValueError):
+        return None  # written in C
+    first = parameters[0] if parameters else None
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        found = "has no parameter for it"
+        meant = ""
+    elif first.kind is first.VAR_POSITIONAL or first.name in _NAMES_OF_REQUESTS:
+        return None
+    else:
+        found = f"has {first.name!r} as its first parameter"
+        meant = f" or say @task(takes_request=True), if {first.name!r} is the request;"
+    return (
+        f"the function of the task {task.name!r} is given a request first, and {found}. Begin its "
+        f"parameters with `request`;{meant} or give the task base=celery.Task, without a request"
+    )
+
+
+def _says_that_it_takes_one(cls: type) -> bool:
+    own = cls.__mro__[: cls.__mro__.index(RequestAwareTask)]
+    return any("takes_request" in vars(each) for each in own)
+
+
+@contextmanager
+def _naming_request(task: Task) -> Iterator[None]:
+    """Let a TypeError tell of the request, where the function of the task does not seem to."""
+    try:
+        yield
+    except TypeError as error:
+        if (problem := problem_of_request(task)) is None:
+            raise
+        raise TypeError(f"{error}: {problem}.") from error

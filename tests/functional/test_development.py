@@ -140,15 +140,19 @@ def test_dev_ends_with_the_code_of_a_program_that_ends_by_itself(start, make_sit
 
 
 def test_dev_runs_no_broker_where_another_one_is_configured(
-    start, make_site, sqlite_url, redis_url
+    start, make_site, sqlite_url, redis_url, tmp_path, wait_for
 ):
     site = make_site(sqlite_url, redis_url)
+    configured = "beat_schedule_filename = %(here)s/schedule\n"
+    site.ini.write_text(site.ini.read_text().replace(configured, ""))
 
-    dev = start("dev", "--ini", str(site.ini))
+    dev = start("dev", "--ini", str(site.ini), XDG_CACHE_HOME=str(tmp_path / "cache"))
     dev.says(f"http://127.0.0.1:{site.port}/")
 
     names = [" ".join(process.cmdline()) for process in dev.family()]
     assert not [name for name in names if "redis-server" in name or "valkey-server" in name]
+    # Nor does beat leave a file in the project.
+    wait_for(lambda: [*tmp_path.glob("cache/ws-celery/*/celerybeat-schedule*")], "the last runs")
 
 
 def test_reload_restarts_everything_when_code_changes(

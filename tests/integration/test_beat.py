@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import threading
@@ -136,6 +137,27 @@ def test_a_broker_that_is_down_loses_no_tick(make, beat_of, broker, redis_url):
     beat_of(app)
 
     wait_for(lambda: len(ticks_of(app, "e")) >= 3)
+
+
+def test_what_became_of_an_entry_is_told_by_its_name(make, beat_of, caplog):
+    caplog.set_level(logging.INFO, "ws_celery.beat")
+    app = make(celery="[celerybeat:e]\ntask = work\ntype = integer\nschedule = 100000000\n")
+    beat_of(app)
+    wait_for(app.schedule.load)
+
+    def told(words):
+        wait_for(lambda: words in caplog.messages)
+
+    inspection.add_schedule_entry(app, "new", {**EVERY_SECOND, "schedule": "1000"})
+    told("The entry new was added: every 0:16:40, ticks")
+    inspection.edit_schedule_entry(app, "new", {"schedule": "2000"})
+    told("The entry new was edited: every 0:33:20, ticks")
+    inspection.run_schedule_entry(app, "new")
+    told("The entry new is to be sent now, whatever its schedule says")
+    wait_for(lambda: ticks_of(app, "new"))
+    inspection.remove_schedule_entry(app, "new")
+    told("The entry new was removed")
+    assert sum("new was" in each for each in caplog.messages) == 3
 
 
 def test_edits_are_seen_while_beat_runs(make, beat_of):

@@ -413,6 +413,13 @@ def test_a_broker_that_has_lost_its_data_gets_all_that_is_unfinished(make, empty
     assert ": 2 unfinished tasks" in said
 
 
+def test_a_broker_that_is_new_to_an_outbox_has_lost_nothing(make, caplog):
+    caplog.set_level(logging.INFO, "ws_celery")
+    make().celery.outbox.relay.turn()
+
+    assert lines(caplog) == ["The broker is watched from now on; no task is unfinished"]
+
+
 def test_a_loss_is_seen_by_whoever_comes_back_to_an_empty_broker(make, start_broker, tmp_path):
     broker = EmbeddedBroker(tmp_path / "broker")
     start_broker(broker)

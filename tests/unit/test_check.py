@@ -31,7 +31,7 @@ def test_a_broker_that_does_not_answer_is_an_error(found):
 
 
 def test_a_task_of_a_schedule_that_is_not_registered_is_an_error(found):
-    finding = found("[celerybeat:a]\ntask = knwon\ntype = integer\nschedule = 1\n")["schedule"]
+    finding = found("[celerybeat:a]\ntask = knwon\ntype = integer\nschedule = 1\n")["unknown-task"]
 
     assert (finding.severity, finding.line) == ("error", 7)
     assert "[celerybeat:a] the task 'knwon' is not registered; did you mean known?" in finding.text
@@ -40,12 +40,12 @@ def test_a_task_of_a_schedule_that_is_not_registered_is_an_error(found):
 def test_what_only_the_schedule_in_the_database_obeys_is_an_error_without_it(found):
     text = "[celerybeat:a]\ntask = known\ntype = integer\nschedule = 1\ncatch_up = once\n"
 
-    assert found(text)["schedule"].text == (
+    assert found(text)["entry"].text == (
         "[celerybeat:a] has catch_up, which needs the schedule in the database: Celery's own "
         "scheduler would not obey. Set ws_celery.beat = true in the section of the application, or "
         "take it out"
     )
-    assert "schedule" not in found(text, app="ws_celery.beat = true\n")
+    assert "entry" not in found(text, app="ws_celery.beat = true\n")
 
 
 def test_options_that_nothing_reads_are_a_warning(found):
@@ -258,7 +258,12 @@ def test_the_table_tells_name_value_type_and_place(run, site, monkeypatch):
     assert ["broker_url", "memory://", "str", f"{path}:6"] in table
     assert ["redis_password", "********", "str", f"{path}:8"] in table
     assert "queue celery" in output
-    assert "*/5 * * * * -> known" in output
+    assert "crontab: */5 * * ..." in output
+
+    monkeypatch.delenv("COLUMNS")  # in a pipe
+    table = [line.split() for line in run("--ini", path)[1].splitlines()]
+    entry = "crontab: */5 * * * * -> known"
+    assert ["entry", "a", *entry.split(), "crontab", f"{path}:15"] in table
     assert "hunter2" not in output
     assert output.endswith(f"{path}: 0 errors, 0 warnings.\n")
 

@@ -452,3 +452,81 @@ def test_a_savepoint_of_a_deriver_drops_what_the_function_dispatched(make_app):
     app.celery.tasks["outer"].apply(throw=True)
 
     assert app.names() == []
+
+
+def _plain(address, subject=None):
+    return address
+
+
+def _aware(request):
+    pass
+
+
+def _bound(self, _request):
+    pass
+
+
+def _empty():
+    pass
+
+
+class SaysSo(TransactionalTask):
+    """A base of an application whose functions call their request otherwise."""
+
+    abstract = True
+    takes_request = True
+
+
+class Positional(TransactionalTask):
+    name = "remind"
+
+    def run(self, *args):
+        return args
+
+
+def test_a_function_whose_first_parameter_is_no_request_is_told_with_the_remedy(make_app, caplog):
+    make_app(task(name="remind")(_plain))
+
+    (line,) = [each for each in caplog.messages if "remind" in each]
+    assert line == (
+        "the function of the task 'remind' is given a request first, and has 'address' as its "
+        "first parameter. Begin its parameters with `request`; or say @task(takes_request=True), "
+        "if 'address' is the request; or give the task base=celery.Task, without a request."
+    )
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        task(name="remind", takes_request=True)(_plain),
+        task(name="remind", base=SaysSo)(_plain),
+        task(name="remind", base=celery.Task)(_plain),
+        task(name="remind", autoretry_for=(LookupError,))(_aware),
+        task(name="remind", bind=True)(_bound),
+        task(Positional),
+    ],
+)
+def test_a_function_that_takes_its_request_or_says_what_it_takes_is_no_surprise(
+    make_app, caplog, declared
+):
+    make_app(declared)
+
+    assert [each for each in caplog.messages if "remind" in each] == []
+
+
+def test_a_task_with_a_request_cannot_say_that_it_takes_none(make_app):
+    with pytest.raises(ConfigurationExecutionError, match="has takes_request = False"):
+        make_app(task(name="remind", takes_request=False)(_plain))
+
+
+def test_an_error_of_arguments_names_the_request_that_is_missing(make_app):
+    app = make_app(task(name="remind")(_plain), task(name="fail")(_empty), add)
+    remind, fail = app.celery.tasks["remind"], app.celery.tasks["fail"]
+
+    with pytest.raises(TypeError, match="is given a request first, and has 'address' as"):
+        remind.delay("a", "b", "c")
+    with pytest.raises(TypeError, match="is given a request first, and has no parameter for it"):
+        fail.apply(throw=True)
+    with pytest.raises(TypeError) as raised:
+        app.celery.tasks["add"].delay()
+    assert "given a request" not in str(raised.value)

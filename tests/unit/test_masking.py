@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from types import SimpleNamespace
+
 import pytest
+from celery.worker.consumer.consumer import INVALID_TASK_ERROR, UNKNOWN_TASK_ERROR, dump_body
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ws_celery.masking import MASK, is_secret, masked, masked_text
+from ws_celery.masking import (
+    MASK,
+    SafeRecords,
+    is_secret,
+    logger_of,
+    masked,
+    masked_text,
+    printable,
+)
 
 
 @pytest.mark.parametrize(
@@ -184,3 +197,101 @@ def test_what_is_inside_of_headers_and_connection_arguments_is_masked():
         "headers": {"Authorization": MASK},
         "connect_args": {"pw": MASK, "host": "h"},
     }
+
+
+_WORDS = "Grüße, 世界 \N{FAMILY}\u200d\N{WOMAN} مرحبا"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2J", r"\u001b[2J"),
+        ("\x9b2J", r"\u009b2J"),
+        ("a\rb\x7f\0", r"a\rb\u007f\u0000"),
+        ("gpj\u202e.exe", r"gpj\u202e.exe"),
+        ("\u2066\u2069\u200f\ufeff\u2028", r"\u2066\u2069\u200f\ufeff\u2028"),
+        ("half \ud83d", r"half \ud83d"),
+        ("tag \U000e0041", r"tag \udb40\udc41"),
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        (_WORDS, _WORDS),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_instead(text, shown):
+    assert printable(text) == shown
+    assert printable(shown) == shown
+
+
+def test_a_value_that_has_one_line_stays_on_it():
+    assert printable("sent\nERROR", lines=False) == r"sent\nERROR"
+
+
+@given(st.text())
+def test_json_says_the_same_when_it_is_made_printable(text):
+    assert json.loads(printable(json.dumps([text], ensure_ascii=False))) == [text]
+
+
+@pytest.fixture
+def logged(caplog):
+    """Log as a module of ours; returns what a handler writes."""
+
+    def log(message, *args, error=None):
+        trace = error and (type(error), error, None)
+        logger_of("ws_celery.somewhere").error(message, *args, exc_info=trace)
+        (record,) = caplog.records
+        return logging.Formatter("%(message)s").format(record)
+
+    return log
+
+
+def test_a_record_of_ours_tells_no_password_and_stays_on_its_line(logged):
+    said = logged("%s: %s", "queue\n\x1b[2J", "postgresql://me:hunter2@h/d")
+
+    assert said == rf"queue\n\u001b[2J: postgresql://me:{MASK}@h/d"
+
+
+def test_the_traceback_of_a_record_of_ours_tells_no_password(logged):
+    first, last = logged("It failed", error=OSError("redis://:hunter2@h \x1b[2J")).splitlines()
+
+    assert first == "It failed"
+    assert last == rf"OSError: redis://:{MASK}@h \u001b[2J"
+
+
+def test_a_record_that_is_safe_is_left_as_it_is(logged, caplog):
+    assert logged("%d%% of %s", 5, "it") == "5% of it"
+    assert (caplog.records[0].msg, caplog.records[0].args) == ("%d%% of %s", (5, "it"))
+
+
+def test_a_record_of_the_application_is_its_own():
+    record = logging.makeLogRecord({"name": "shop", "msg": "token: %s", "args": ("\x1b[1m",)})
+
+    assert SafeRecords().filter(record)
+    assert record.getMessage() == "token: \x1b[1m"
+
+
+@pytest.mark.parametrize(
+    ("template", "others"),
+    [(UNKNOWN_TASK_ERROR, ("'x'", {"id": "7"}, {})), (INVALID_TASK_ERROR, ("it is none",))],
+)
+def test_the_arguments_in_a_message_that_celery_cannot_read_are_not_told(template, others):
+    text = b'[["hunter2"], {}, {}]'
+    body = dump_body(SimpleNamespace(body=text), text)
+    record = logging.makeLogRecord(
+        {
+            "name": "celery.worker.consumer.consumer",
+            "msg": template,
+            "args": (others[0], body, *others[1:]),
+        }
+    )
+
+    assert "hunter2" in record.getMessage()
+    assert SafeRecords().filter(record)
+    assert f"message body was:\n{MASK} (21b)" in record.getMessage()
+    assert "hunter2" not in record.getMessage()
+
+
+def test_the_fields_of_a_record_of_celery_tell_no_password():
+    data = {"id": "7", "exc": "OSError('redis://:hunter2@h')", "eta": None}
+    record = logging.makeLogRecord({"name": "celery.app.trace", "msg": "failed", "data": data})
+
+    assert SafeRecords().filter(record)
+    assert record.data == {"id": "7", "exc": f"OSError('redis://:{MASK}@h')", "eta": None}

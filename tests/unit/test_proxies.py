@@ -169,6 +169,17 @@ def test_a_task_that_belongs_to_no_application_says_so():
         add.delay(1)
 
 
+def test_the_variable_that_names_an_application_is_told_where_none_is_loaded(make_app):
+    with pytest.raises(NoCurrentApplication, match=r"name the INI file by .* WS_CELERY_INI"):
+        celery_app.conf  # noqa: B018 - what `celery -A ws_celery.celery_app` does
+
+    apps = make_app(add), make_app(add)  # where it would not help
+    with pytest.raises(NoCurrentApplication) as raised:
+        celery_app.conf  # noqa: B018
+    assert len(apps) == 2
+    assert "WS_CELERY_INI" not in str(raised.value)
+
+
 def test_a_task_that_may_belong_to_two_applications_says_so(make_app):
     apps = make_app(add), make_app(add)
     with pytest.raises(NoCurrentApplication, match=r"'add' .* 2 applications .* request"):

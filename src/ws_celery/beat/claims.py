@@ -14,6 +14,7 @@ from ws_celery.beat.overlap import is_kept, is_unfinished, unfinished_rows
 from ws_celery.beat.sending import record
 from ws_celery.beat.ticks import due_tick
 from ws_celery.dispatch import Publication
+from ws_celery.masking import logger_of
 from ws_celery.outages import Service
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Claims", "Outcome")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ from celery import beat
 
 from ws_celery.beat.health import HealthFile
 from ws_celery.beat.sources import check_sources, install
+from ws_celery.masking import logger_of
 
 __all__ = ("FileScheduler",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: Seconds that beat waits at most where a probe looks at its file.
 _HEALTHY = 1.0

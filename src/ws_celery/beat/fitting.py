@@ -7,13 +7,19 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
+from celery.exceptions import QueueNotFound
+from kombu.exceptions import EncodeError
+from kombu.serialization import dumps
+
+from ws_celery.arguments import blame_argument
 from ws_celery.beat.entry import Entry
 from ws_celery.beat.overlap import nothing_tells
 from ws_celery.beat.ticks import due_tick
 from ws_celery.clocked import Clocked
 from ws_celery.converters import nearest
+from ws_celery.exceptions import ArgumentNotSerializable
 
-__all__ = ("fitted",)
+__all__ = ("fitted", "problem_of_queue")
 
 #: Fields that Celery's own scheduler does not know.
 _OURS = ("catch_up", "overlap", "starts_at", "expires")
@@ -51,8 +57,37 @@ def _problem(entry: Entry, app: Any) -> str | None:
     except TypeError as error:
         return f"the arguments do not fit {entry.task}: {error}"
     if app.schedule is None:
-        return _problem_without_database(entry) or _problem_of_timing(entry)
-    return _problem_of_overlap(entry, app) or _problem_of_timing(entry)
+        of_scheduler = _problem_without_database(entry)
+    else:
+        of_scheduler = _problem_of_overlap(entry, app)
+    return _problem_of_message(entry, task) or of_scheduler or _problem_of_timing(entry)
+
+
+def _problem_of_message(entry: Entry, task: Any) -> str | None:
+    serializer = entry.options.get("serializer") or task.serializer
+    try:
+        dumps((entry.args, entry.kwargs), serializer=serializer)
+    except EncodeError as error:
+        try:
+            blame_argument(error, entry.task, entry.args, entry.kwargs, serializer)
+        except ArgumentNotSerializable as blamed:
+            return str(blamed).rstrip(".")
+    queue = entry.options.get("queue") or getattr(task, "queue", None)
+    return problem_of_queue(task.app, entry.task, queue)
+
+
+def problem_of_queue(app: Any, task: str, queue: Any = None) -> str | None:
+    """Return why a call of a task could not be routed, if it could not.
+
+    :param queue: the one that the call or the task names; that of the route if it is ``None``.
+    """
+    if app.conf.task_create_missing_queues:
+        return None  # not asked for: a worker would consume from what is made
+    try:
+        app.amqp.router.route({"queue": queue} if queue else {}, task)
+    except QueueNotFound as error:
+        return f"calls of {task} cannot be routed: {error}; add [celeryqueue:NAME] for it"
+    return None
 
 
 def _problem_without_database(entry: Entry) -> str | None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import selectors
 import time
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
+from ws_celery.masking import logger_of
+
 if TYPE_CHECKING:
     from ws_celery.beat.store import Store
 
 __all__ = ("Listener",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class Listener:

@@ -16,6 +16,7 @@ from celery.schedules import BaseSchedule, maybe_schedule
 
 from ws_celery.beat.entry import FIELDS, TIMING, Entry, Known
 from ws_celery.converters import Refused, nearest
+from ws_celery.masking import MASK, masked
 from ws_celery.schedules import KEYS_OF_TYPES, SCHEDULE_TYPES, parse_schedule, text_of_schedule
 from ws_celery.settings.entries import accept_options
 from ws_celery.settings.keys import ENTRY_KEYS
@@ -183,6 +184,8 @@ def _as_text(schedule: Any) -> str:
 
 def _told(key: str, value: Any, error: Exception, expected: str) -> str:
     """Return what is wrong with a field in words, whatever its conversion has raised."""
+    # The names of a task's parameters, by which its arguments are masked, are not known here.
+    value = MASK if key in ("args", "kwargs") else masked(key, value)
     if not isinstance(error, Refused):
         return f"{key} = {value!r} is not {expected} ({type(error).__name__}: {error})"
     said = str(error) or f"is not {expected}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from datetime import datetime
 from time import monotonic
@@ -18,12 +17,13 @@ from ws_celery.beat.listening import Listener
 from ws_celery.beat.sources import entries_of, entry_of, install
 from ws_celery.beat.store import Store
 from ws_celery.beat.ticks import due_tick, next_tick
+from ws_celery.masking import logger_of
 from ws_celery.outages import Service
 from ws_celery.settings import our_setting
 
 __all__ = ("DatabaseScheduler",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: How many entries one transaction claims.
 BATCH = 1000
@@ -169,14 +169,15 @@ class DatabaseScheduler(beat.Scheduler):
         names = {*known, *self._known}
         changed = [name for name in names if _edit(known.get(name)) != _edit(self._known.get(name))]
         for name in changed:
-            entry = entry_of(self.app, name, known.get(name))
+            before, entry = self._entries.get(name), entry_of(self.app, name, known.get(name))
             if entry is None:
                 self._entries.pop(name, None)
                 self._ready.pop(name, None)
                 self._agenda.drop(name)
+                log.info("The entry %s was removed", name)
             else:
                 self._entries[name] = entry
-                self._tell(entry)
+                self._tell_change(before, entry, known.get(name))
         return [name for name in changed if name in self._entries]
 
     def _tell_problems(self) -> None:
@@ -184,12 +185,18 @@ class DatabaseScheduler(beat.Scheduler):
             if entry.problem and entry.enabled:
                 self._tell(entry)
 
-    def _tell(self, entry: Entry) -> None:
+    def _tell_change(self, before: Entry | None, entry: Entry, known: Known | None) -> None:
+        if entry != before:
+            self._tell(entry, "added" if before is None else "edited")
+        elif known and known.run_requested_at:
+            log.info("The entry %s is to be sent now, whatever its schedule says", entry.name)
+
+    def _tell(self, entry: Entry, what: str = "edited") -> None:
         if entry.problem:
             log.error("The entry %s is set aside: %s", entry.name, entry.problem)
         else:
             state = "ticks" if entry.ticks else "is orphaned" if entry.orphaned else "is off"
-            log.info("The entry %s was edited: %s, %s", entry.name, entry.words, state)
+            log.info("The entry %s was %s: %s, %s", entry.name, what, entry.words, state)
 
     def _plan(self, name: str, now: datetime) -> None:
         """Put an entry on the agenda, where it belongs there; wait for its ticks from now on."""

@@ -11,7 +11,7 @@ from celery.schedules import crontab
 from ws_celery.beat.entry import Entry, Known, problem_of_name
 from ws_celery.beat.fitting import fitted
 from ws_celery.beat.merging import merge
-from ws_celery.exceptions import ConfigurationError
+from ws_celery.exceptions import ConfigurationError, Fault
 
 __all__ = (
     "check_sources",
@@ -20,7 +20,7 @@ __all__ = (
     "entry_of",
     "fields_by_source",
     "install",
-    "problems_of",
+    "problems_of_sources",
 )
 
 _WORDS_OF_A_CRONTAB = 5
@@ -79,34 +79,31 @@ def check_sources(app: Any) -> None:
 
     :raises ConfigurationError: with all that is wrong.
     """
-    if problems := [problem for _, problem in problems_of(app)]:
+    if problems := [problem for _, problem in problems_of_sources(app)]:
         raise ConfigurationError(*problems)
 
 
-def problems_of(app: Any) -> Iterator[tuple[str, str]]:
+def problems_of_sources(app: Any) -> Iterator[tuple[str, Fault]]:
     """Yield the name of each entry or option that beat would not start with, and why."""
     if app.schedule is not None and app.conf.beat_cron_starting_deadline is not None:
-        yield (
-            "beat_cron_starting_deadline",
+        problem = (
             "[celery] beat_cron_starting_deadline is an option of Celery's own scheduler: with the "
             "schedule in the database, catch_up of an entry says what becomes of a missed tick. "
-            "Take it out.",
+            "Take it out"
         )
-    for name, problem in _problems_of_entries(app):
-        yield name, f"[celerybeat:{name}] {problem}"
-
-
-def _problems_of_entries(app: Any) -> Iterator[tuple[str, str]]:
+        yield "beat_cron_starting_deadline", Fault(problem)
     entries, code = entries_of(app, {}), _code(app)
     for name, entry in entries.items():
         if entry.problem and entry.enabled:
-            yield name, entry.problem
+            yield name, Fault(f"[celerybeat:{name}] {entry.problem}")
     for name, fields in _ini(app).items():
         if "task" not in fields and fields.get("enabled", True) and name not in code:
-            yield name, "has no task, and code declares no entry of this name."
+            problem = "has no task, and code declares no entry of this name"
+            yield name, Fault(f"[celerybeat:{name}] {problem}")
     for name in entries if app.schedule is not None else ():
-        if problem := problem_of_name(name):
-            yield name, f"cannot be kept in the database: {problem}. Give it another name."
+        if reason := problem_of_name(name):
+            problem = f"cannot be kept in the database: {reason}. Give it another name"
+            yield name, Fault(f"[celerybeat:{name}] {problem}")
 
 
 def install(app: Any) -> dict[str, Entry]:

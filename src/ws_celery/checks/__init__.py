@@ -6,7 +6,8 @@ modules; ``report`` is what they find.
 
 from __future__ import annotations
 
-from ws_celery.checks.examination import examine, explanation
+from ws_celery.checks.application import check_pool
+from ws_celery.checks.examination import examine, explain
 from ws_celery.checks.report import Finding, Report, shown
 
-__all__ = ("Finding", "Report", "examine", "explanation", "shown")
+__all__ = ("Finding", "Report", "check_pool", "examine", "explain", "shown")

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from kombu.serialization import prepare_accept_content
+from kombu.serialization import registry as serializers
 from pyramid.settings import asbool
 
 from ws_celery.app import PyramidCelery
-from ws_celery.beat.sources import problems_of
+from ws_celery.beat.fitting import problem_of_queue
+from ws_celery.beat.sources import entries_of, problems_of_sources
 from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker
-from ws_celery.exceptions import WsCeleryError
+from ws_celery.exceptions import ConfigurationError, Fault, WsCeleryError
 from ws_celery.inspection import outbox_state
+from ws_celery.locks import rule_of
 from ws_celery.logs import has_logging
 from ws_celery.masking import masked, masked_text
-from ws_celery.settings import Configuration
+from ws_celery.settings import Configuration, Place, Setting
+from ws_celery.tasks import problem_of_request
 
-__all__ = ("look_at_application",)
+__all__ = ("check_pool", "entries_of_code", "look_at_application")
 
 #: Seconds after which a transport gives a message that is not acknowledged to another worker.
 _VISIBILITY = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
 _PATIENCE = 5
+#: What tells whether the standard library is patched for a pool: a module, and its function.
+_PATCHES = {
+    "gevent": ("gevent.monkey", "is_module_patched"),
+    "eventlet": ("eventlet.patcher", "is_monkey_patched"),
+}
 #: Seconds by which the clocks of two machines may differ.
 _CLOCKS = 10
 #: Options of the logging that Celery sets up.
@@ -47,9 +59,13 @@ def look_at_application(
     """Find what is wrong or doubtful; the broker is asked for a connection, nothing is sent."""
     yield from _broker(app, configuration)
     yield from _outbox(app)
+    app.finalize()  # its handlers may declare entries
     yield from _schedule(app, configuration)
     yield from _without_effect(app, configuration, config_uri)
     yield from _tasks(app, configuration)
+    yield from _runs(app)
+    yield from _locks(app)
+    yield from _pool(app, configuration)
     yield from _plugins(app)
     yield from _queues(app, configuration)
     yield from _visibility(app, configuration)
@@ -110,17 +126,6 @@ def _outbox(app: PyramidCelery) -> Iterator[Finding]:
         yield Finding(WARNING, "clock", text)
 
 
-# --- The schedule -----------------------------------------------------------------------------
-
-
-def _schedule(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
-    """Find what beat would not start with."""
-    app.finalize()  # its handlers may declare entries
-    places = {row.name: row.place for row in configuration.rows}
-    for name, problem in problems_of(app):
-        yield Finding.at(places.get(name), ERROR, "schedule", problem)
-
-
 # --- What has no effect -----------------------------------------------------------------------
 
 
@@ -150,6 +155,86 @@ def _tasks(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding
 
 def _registered(app: PyramidCelery, name: str) -> bool:
     return name in app.tasks or ("*" in name and any(fnmatchcase(t, name) for t in app.tasks))
+
+
+def _runs(app: PyramidCelery) -> Iterator[Finding]:
+    """Find tasks whose calls or runs would fail, or do what nobody meant."""
+    for name, task in sorted(app.tasks.items()):
+        if problem := problem_of_queue(app, name, getattr(task, "queue", None)):
+            yield Finding(ERROR, "unknown-queue", str(Fault(problem)))
+        if problem := problem_of_request(task):
+            severity = WARNING if _takes_an_argument(task.run) else ERROR
+            yield Finding(severity, "request", str(Fault(problem)))
+        if problem := _problem_of_content(app, task):
+            yield Finding(ERROR, "serializer", str(Fault(problem)))
+
+
+def _takes_an_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind_partial(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _problem_of_content(app: PyramidCelery, task: Any) -> str | None:
+    kind = serializers.name_to_type.get(task.serializer)
+    accepted = prepare_accept_content(app.conf.accept_content)
+    if kind is None or accepted is None or kind in accepted:
+        return None
+    return (
+        f"the messages of the task {task.name!r} are written with {task.serializer}, which is not "
+        f"in accept_content, so that workers refuse them; write them with json, or add it there"
+    )
+
+
+def _locks(app: PyramidCelery) -> Iterator[Finding]:
+    guarded = [name for name, task in app.tasks.items() if rule_of(task)]
+    if not guarded or app.eager is not None:
+        return
+    try:
+        app.locks.store.holders()
+    except WsCeleryError as error:
+        yield Finding(ERROR, "locks", f"{error} @one_instance of {min(guarded)} needs them.")
+
+
+# --- The schedule -----------------------------------------------------------------------------
+
+
+def entries_of_code(app: PyramidCelery, configuration: Configuration) -> Iterator[Setting]:
+    """Yield the entries that the configuration does not list, because code declares them."""
+    listed = {row.name for row in configuration.rows if row.category == "entry"}
+    for name, entry in entries_of(app, {}).items():
+        if name not in listed:
+            place = Place("code", f"celerybeat:{name}")
+            yield Setting("entry", name, entry.as_fields(), place)
+
+
+def _schedule(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    """Find what beat refuses as it starts, and what it would set aside."""
+    places = {row.name: row.place for row in configuration.rows if row.category == "entry"}
+    refused = list(problems_of_sources(app))
+    for name, fault in refused:
+        entry = entries_of(app, {}).get(name)
+        unknown = entry is not None and entry.task and entry.task not in app.tasks
+        code = "unknown-task" if unknown else "entry"
+        yield Finding.at(places.get(name) or configuration.place(name), ERROR, code, str(fault))
+    if app.schedule is None:
+        return
+    try:
+        app.schedule.check_table()
+        known = app.schedule.load()
+    except WsCeleryError as error:
+        yield Finding(ERROR, "schedule", str(error))
+        return
+    names = {name for name, _ in refused}
+    for entry in entries_of(app, known).values():
+        if entry.problem and entry.enabled and not entry.orphaned and entry.name not in names:
+            text = f"The entry {entry.name} is set aside: {entry.problem}"
+            yield Finding(WARNING, "entry", str(Fault(text)))
+
+
+# --- What is registered -----------------------------------------------------------------------
 
 
 def _plugins(app: PyramidCelery) -> Iterator[Finding]:
@@ -211,6 +296,35 @@ def _times(app: PyramidCelery, configuration: Configuration) -> Iterator[tuple[f
 def _numbers(value: Any, name: str) -> Iterator[tuple[float, str]]:
     if isinstance(value, (int, float)):
         yield value, name
+
+
+# --- Workers ----------------------------------------------------------------------------------
+
+
+def check_pool(app: PyramidCelery) -> None:
+    """Make sure that the standard library is patched if the configured pool needs that.
+
+    :raises ConfigurationError: if it is not: tasks would share their thread-locals.
+    """
+    pool = app.conf.worker_pool
+    if pool in _PATCHES and not _is_patched(*_PATCHES[pool]):
+        raise ConfigurationError(
+            f"[celery] worker_pool = {pool} comes too late: {pool} has to patch the standard "
+            f"library before the application is loaded. Start the worker with --pool {pool}."
+        )
+
+
+def _is_patched(module: str, question: str) -> bool:
+    # That it is imported tells nothing: others import it to ask this.
+    found = sys.modules.get(module)
+    return found is not None and bool(getattr(found, question)("socket"))
+
+
+def _pool(app: PyramidCelery, configuration: Configuration) -> Iterator[Finding]:
+    try:
+        check_pool(app)
+    except ConfigurationError as error:
+        yield Finding.at(configuration.place("worker_pool"), ERROR, "pool", str(error))
 
 
 # --- Production -------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutio
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import get_celery_app, load_registry
-from ws_celery.checks.application import look_at_application
+from ws_celery.checks.application import entries_of_code, look_at_application
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
 from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded, WsCeleryError
+from ws_celery.logs import set_up_logging
 from ws_celery.masking import masked_text
 from ws_celery.settings import WITHOUT_EFFECT, Configuration, survey
 from ws_celery.settings.interpolation import interpolation_problem
 
-__all__ = ("examine", "explanation")
+__all__ = ("examine", "explain")
 
 
 def examine(config_uri: str) -> Report:
@@ -41,7 +42,7 @@ def examine(config_uri: str) -> Report:
         if app is not None:
             # What was set in code is in there, too.
             configuration = app.configuration or configuration
-            report.rows = configuration.rows
+            report.rows = [*configuration.rows, *entries_of_code(app, configuration)]
             report.findings += look_at_application(app, configuration, config_uri)
     order = (ERROR, WARNING, NOTE)
     report.findings = sorted(
@@ -78,20 +79,23 @@ def _root() -> Iterator[Finding]:
 
 def _load(config_uri: str, report: Report) -> PyramidCelery | None:
     try:
+        set_up_logging(config_uri)
         return get_celery_app(load_registry(config_uri))
     except Exception as error:  # noqa: BLE001  whatever the application does
         cause = error.evalue if isinstance(error, ConfigurationExecutionError) else error
         if isinstance(cause, ConfigurationError):
             report.findings += map(_fault, cause.faults)
         else:
-            reason = f"{type(cause).__name__}: {masked_text(str(cause))}"
-            explained = explanation(error, config_uri)
-            text = str(explained or f"the application cannot be loaded ({reason})")
+            text = str(explain(error, config_uri) or _told(cause))
             report.findings.append(Finding(ERROR, "application", text))
     return None
 
 
-def explanation(error: Exception, config_uri: str) -> WsCeleryError | None:
+def _told(cause: BaseException) -> str:
+    return f"the application cannot be loaded ({type(cause).__name__}: {masked_text(str(cause))})"
+
+
+def explain(error: BaseException, config_uri: str) -> WsCeleryError | None:
     """Return what to say of an error, or ``None`` if it is the application's own."""
     if isinstance(error, ConfigurationExecutionError) and isinstance(error.evalue, WsCeleryError):
         error = error.evalue

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ws_celery.masking import masked
-from ws_celery.schedules import describe
 from ws_celery.settings import Place, Setting
 
 __all__ = ("ERROR", "NOTE", "WARNING", "Finding", "Report", "shown")
@@ -84,11 +84,25 @@ class Report:
         }
 
 
+def _entry(fields: Mapping[str, Any]) -> str:
+    """Return an entry as people write it, with what it lacks left out."""
+    when = ""
+    if "schedule" in fields:
+        kind = f"{fields['type']}: " if fields.get("type") else ""
+        zone = f", {fields['timezone']}" if fields.get("timezone") else ""
+        when = f"{kind}{fields['schedule']}{zone}"
+    what = f"-> {fields['task']}" if "task" in fields else ""
+    off = "(off)" if fields.get("enabled") is False else ""
+    return " ".join(filter(None, (when, what, off)))
+
+
 def shown(row: Setting) -> str:
     """Return the value of a setting for people, on one line, its secrets masked."""
     value = row.value
     if row.category == "entry":
-        return f"{describe(value['schedule'])} -> {value['task']}"
+        return _entry(value)
+    if row.name == "beat_schedule":
+        return ", ".join(value)  # each entry has a row of its own
     if row.category == "queue":
         kind = value.exchange.type
         return f"exchange {value.exchange.name} ({kind}), routing key {value.routing_key}"

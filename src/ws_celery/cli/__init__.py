@@ -12,6 +12,8 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from traceback import format_exception
+from types import TracebackType
 from typing import Any
 
 import click
@@ -23,8 +25,9 @@ from kombu.exceptions import OperationalError
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import INI_VARIABLE
+from ws_celery.checks import check_pool
 from ws_celery.cli.aliases import clean, run, view
-from ws_celery.cli.application import check_pool, check_schedule, find_ini, load_celery_app
+from ws_celery.cli.application import check_schedule, find_ini, load_celery_app
 from ws_celery.cli.arguments import Options, looks_like_ini, options_given, take_ini_uri
 from ws_celery.cli.beat import beat
 from ws_celery.cli.call import call
@@ -40,6 +43,7 @@ from ws_celery.cli.results import results
 from ws_celery.cli.schedule import schedule
 from ws_celery.cli.shell import shell
 from ws_celery.cli.status import status
+from ws_celery.cli.tables import SafeContext, echo
 from ws_celery.cli.tasks import tasks, workers
 from ws_celery.cli.worker import multi, worker
 from ws_celery.exceptions import (
@@ -143,15 +147,24 @@ def main(argv: list[str] | None = None) -> None:
 
     :param argv: arguments without the program's name; the process's own by default.
     """
+    if argv is None:
+        sys.excepthook = _print_error
     arguments = sys.argv[1:] if argv is None else argv
     try:
         main_group().main(args=arguments, prog_name="ws-celery", auto_envvar_prefix="CELERY")
     except WsCeleryError as error:
-        click.echo(f"Error: {error}", err=True)
+        echo(f"Error: {error}", err=True)
         sys.exit(_EXIT_CODES.get(type(error), _USAGE))
     except OperationalError as error:
-        click.echo(f"Error: the broker does not answer: {masked_text(str(error))}", err=True)
+        echo(f"Error: the broker does not answer: {masked_text(str(error))}", err=True)
         sys.exit(EX_UNAVAILABLE)
+
+
+def _print_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print what nobody has handled as Python does, without its secrets."""
+    echo(masked_text("".join(format_exception(kind, error, trace)).rstrip()), err=True)
 
 
 class _NoApplication:
@@ -238,6 +251,8 @@ def main_group() -> click.Group:
 @click.pass_context
 def _begin(context: click.Context, /, ini: Any, ini_var: Any, **params: Any) -> None:  # noqa: ARG001 - taken before
     context.invoke(celery.callback, **params)
+    if (made := context.obj) is not None:
+        context.obj = SafeContext(made.app, made.no_color, made.workdir, made.quiet)
 
 
 def _group_params() -> Iterator[click.Parameter]:
@@ -271,5 +286,5 @@ def _accept_everywhere(command: click.Command) -> None:
 
 def _print_version(context: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted:
-        click.echo(f"ws-celery {__version__}, Celery {VERSION_BANNER}")
+        echo(f"ws-celery {__version__}, Celery {VERSION_BANNER}")
         context.exit()

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
 import plaster
 from celery import signals
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import INI_VARIABLE, get_celery_app, load_registry
 from ws_celery.beat.sources import check_sources, install
-from ws_celery.checks import explanation
+from ws_celery.checks import explain
+from ws_celery.cli.tables import echo
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.logs import log_arguments_of_failures, set_up_logging
 from ws_celery.settings import our_setting
 
-__all__ = (
-    "READY_VARIABLE",
-    "check_pool",
-    "check_schedule",
-    "explaining",
-    "find_ini",
-    "load_celery_app",
-)
+__all__ = ("READY_VARIABLE", "check_schedule", "explaining", "find_ini", "load_celery_app")
 
 #: Environment variable that names a file which the worker makes when it takes tasks.
 READY_VARIABLE = "WS_CELERY_READY_FILE"
@@ -59,7 +51,7 @@ def find_ini(ini: str | None) -> str:
 def _development_ini() -> str | None:
     if not Path(_DEVELOPMENT_INI).is_file():
         return None
-    click.echo(f"Using ./{_DEVELOPMENT_INI}; --ini names another file.", err=True)
+    echo(f"Using ./{_DEVELOPMENT_INI}; --ini names another file.", err=True)
     # For what asks next, and for children that start anew.
     os.environ[INI_VARIABLE] = path = str(Path(_DEVELOPMENT_INI).absolute())
     return path
@@ -97,7 +89,7 @@ def explaining(config_uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        explained = explanation(error, config_uri)
+        explained = explain(error, config_uri)
         if explained is None:
             raise
         raise explained from None
@@ -111,17 +103,3 @@ def check_schedule(app: PyramidCelery) -> None:
     app.finalize()  # its handlers may declare entries
     check_sources(app)
     install(app)
-
-
-def check_pool(app: PyramidCelery) -> None:
-    """Make sure that the standard library is patched if the configured pool needs that.
-
-    :raises ConfigurationError: if it is not: tasks would share their thread-locals.
-    """
-    pool = app.conf.worker_pool
-    module = {"gevent": "gevent.monkey", "eventlet": "eventlet.patcher"}.get(pool)
-    if module is not None and module not in sys.modules:
-        raise ConfigurationError(
-            f"[celery] worker_pool = {pool} comes too late: {pool} has to patch the standard "
-            f"library before the application is loaded. Start the worker with --pool {pool}."
-        )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import click
+from celery.app.defaults import DEFAULTS
 from celery.bin.base import CeleryOption
 from celery.bin.beat import beat as celery_beat
 
 from ws_celery.beat import SCHEDULER
 from ws_celery.cli.values import HealthFile
 
-__all__ = ("beat",)
+__all__ = ("LAST_RUNS_VARIABLE", "beat")
+
+#: Environment variable that names the file of the last runs where nothing else does.
+LAST_RUNS_VARIABLE = "WS_CELERY_LAST_RUNS"
 
 
 @click.pass_context
@@ -29,6 +34,8 @@ def _beat(context: click.Context, /, health_file: Path | None, **options: Any) -
             "--scheduler, or ws_celery.beat = true."
         )
     app.beat_health_file = health_file
+    if options["schedule"] == DEFAULTS["beat_schedule_filename"]:
+        options["schedule"] = os.environ.get(LAST_RUNS_VARIABLE) or options["schedule"]
     return context.invoke(celery_beat.callback, **options)
 
 

@@ -11,7 +11,8 @@ import click
 
 from ws_celery.checks import Finding, Report, examine, shown
 from ws_celery.cli.application import find_ini
-from ws_celery.cli.tables import table
+from ws_celery.cli.tables import echo, table
+from ws_celery.masking import printable
 from ws_celery.settings import Place, Setting
 
 __all__ = ("check",)
@@ -30,7 +31,7 @@ def check(as_json: bool, strict: bool) -> None:
     """
     report = examine(find_ini(None))
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
+        echo(json.dumps(report.as_dict(), indent=2))
     else:
         for line in _lines(report):
             click.echo(line)
@@ -42,8 +43,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield from _table(report)
         yield ""
     for finding in report.findings:
-        yield f"{_severity(finding)} {finding}"
-    yield _summary(report)
+        yield f"{_severity(finding)} {printable(str(finding))}"
+    yield printable(_summary(report))
 
 
 def _table(report: Report) -> Iterator[str]:

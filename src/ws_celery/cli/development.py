@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from paste.deploy.loadwsgi import ConfigLoader
 
 from ws_celery.applications import INI_VARIABLE, get_celery_app, load_registry
 from ws_celery.cli.application import READY_VARIABLE, explaining, find_ini
+from ws_celery.cli.beat import LAST_RUNS_VARIABLE
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.processes import Processes, Program
 from ws_celery.embedded import SCHEME, EmbeddedBroker
@@ -101,6 +103,7 @@ def _run(config_uri: str) -> int:
     with tempfile.TemporaryDirectory(prefix="ws-celery-dev-") as directory:
         worker_ready = Path(directory, "worker-ready")
         os.environ[READY_VARIABLE] = str(worker_ready)
+        os.environ[LAST_RUNS_VARIABLE] = str(_file_of_last_runs(config_uri))
         programs = [
             *broker,
             # What is wrong with the configuration is said once, by the worker, which comes first.
@@ -114,6 +117,14 @@ def _run(config_uri: str) -> int:
             ),
         ]
         return Processes(programs, lambda: click.secho(message, bold=True)).run()
+
+
+def _file_of_last_runs(config_uri: str) -> Path:
+    """Return where beat remembers its last runs: not in the project, and kept by a reload."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache, "ws-celery", sha256(config_uri.encode()).hexdigest()[:16])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "celerybeat-schedule"
 
 
 def _variables() -> list[str]:

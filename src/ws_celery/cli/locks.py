@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.tables import table
+from ws_celery.cli.tables import confirm, echo, table
 from ws_celery.inspection import Holder
 
 __all__ = ("locks",)
@@ -31,13 +31,13 @@ def list_locks(context: click.Context, as_json: bool) -> None:
     """
     holders = inspection.lock_holders(_app(context))
     if as_json:
-        click.echo(json.dumps([holder.as_dict() for holder in holders], indent=2))
+        echo(json.dumps([holder.as_dict() for holder in holders], indent=2))
         return
     if not holders:
-        click.echo("No lock is held.")
+        echo("No lock is held.")
         return
     for line in table(_HEADINGS, [_cells(holder) for holder in holders], 0, 1, 2):
-        click.echo(line)
+        echo(line)
 
 
 @locks.command
@@ -55,12 +55,12 @@ def free(context: click.Context, key: str, yes: bool, as_json: bool) -> None:
     if not yes:
         age = "" if holder.age is None else f", for {_duration(holder.age)}"
         text = f"The lock {key!r} is held by {holder}{age}. Take it away?"
-        click.confirm(text, abort=True, err=as_json)
+        confirm(text, err=as_json)
     inspection.free_lock(app, holder)
     if as_json:
-        click.echo(json.dumps(holder.as_dict(), indent=2))
+        echo(json.dumps(holder.as_dict(), indent=2))
     else:
-        click.echo(f"Freed the lock {key!r}, which was held by {holder}.")
+        echo(f"Freed the lock {key!r}, which was held by {holder}.")
 
 
 def _app(context: click.Context) -> Any:

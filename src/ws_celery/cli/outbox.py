@@ -11,12 +11,13 @@ from uuid import UUID
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.tables import table, time_of
+from ws_celery.cli.tables import confirm, echo, fields_of, table, time_of
 from ws_celery.cli.values import LIMIT
 from ws_celery.inspection import OutboxRow, OutboxState
 
 __all__ = ("outbox",)
 
+_HIDDEN = "(hidden; --arguments shows them)"
 _HEADINGS = ("ROW", "TASK", "STATE", "DISPATCHED", "SENT AGAIN", "ERROR")
 
 
@@ -32,7 +33,7 @@ def create(context: click.Context) -> None:
     app = _app(context)
     created = inspection.create_outbox(app)
     name = app.outbox.rows.table.fullname
-    click.echo(f"Created the table {name}." if created else f"The table {name} is there already.")
+    echo(f"Created the table {name}." if created else f"The table {name} is there already.")
 
 
 @outbox.command(name="list")
@@ -48,13 +49,13 @@ def list_rows(context: click.Context, which: str, limit: int, as_json: bool) -> 
     dead = {"dead": True, "waiting": False, "all": None}[which]
     rows = inspection.outbox_rows(app, dead=dead, limit=limit)
     if as_json:
-        click.echo(json.dumps([row.as_dict() for row in rows], indent=2))
+        echo(json.dumps([row.as_dict() for row in rows], indent=2))
         return
     if rows:
         for line in table(_HEADINGS, [_cells(row) for row in rows], 5, 1):
-            click.echo(line)
+            echo(line)
     state = inspection.outbox_state(app)
-    click.echo(f"{len(rows)} shown; {_counted(state)}.")
+    echo(f"{len(rows)} shown; {_counted(state)}.")
 
 
 @outbox.command
@@ -66,11 +67,11 @@ def show(context: click.Context, name: str, arguments: bool, as_json: bool) -> N
     """Show a row, by its id or by that of its task."""
     rows = inspection.find_outbox_rows(_app(context), name)
     if as_json:
-        click.echo(json.dumps([_shown(row, arguments) for row in rows], indent=2))
+        echo(json.dumps([_shown(row, arguments) for row in rows], indent=2))
         return
     for row in rows:
         for line in _lines(_shown(row, arguments)):
-            click.echo(line)
+            echo(line)
 
 
 @outbox.command
@@ -85,10 +86,10 @@ def retry(context: click.Context, names: Sequence[str], all_dead: bool) -> None:
     app = _app(context)
     outcome = inspection.retry_outbox_rows(app, _wanted(app, names, all_dead))
     for row_id in outcome.busy:
-        click.echo(f"The row {row_id} is gone, or its task is running.", err=True)
+        echo(f"The row {row_id} is gone, or its task is running.", err=True)
     for error in outcome.broken:
-        click.echo(f"Error: {error}", err=True)
-    click.echo(f"Sent {len(outcome.sent)}.")
+        echo(f"Error: {error}", err=True)
+    echo(f"Sent {len(outcome.sent)}.")
     sys.exit(1 if outcome.broken else 0)
 
 
@@ -106,8 +107,8 @@ def discard(context: click.Context, names: Sequence[str], all_dead: bool, yes: b
     ids = _wanted(app, names, all_dead)
     if ids and not yes:
         text = f"Delete {len(ids)} of {_counted(inspection.outbox_state(app))}, for ever?"
-        click.confirm(text, abort=True)
-    click.echo(f"Discarded {inspection.discard_outbox_rows(app, ids)}.")
+        confirm(text)
+    echo(f"Discarded {inspection.discard_outbox_rows(app, ids)}.")
 
 
 def _app(context: click.Context) -> Any:
@@ -138,12 +139,8 @@ def _shown(row: OutboxRow, arguments: bool) -> dict[str, Any]:
 
 def _lines(fields: dict[str, Any]) -> Iterator[str]:
     error = fields.pop("error")
-    width = max(map(len, fields))
-    for name, value in fields.items():
-        if value is not None:
-            yield f"{name.ljust(width)}  {json.dumps(value) if name == 'arguments' else value}"
-    if "arguments" not in fields:
-        yield f"{'arguments'.ljust(width)}  (hidden; --arguments shows them)"
+    told = json.dumps(fields["arguments"]) if "arguments" in fields else _HIDDEN
+    yield from fields_of({**fields, "arguments": told})
     if error:
         yield f"\n{error.rstrip()}"
 

@@ -12,7 +12,7 @@ import click
 from celery.bin.purge import purge as celery_purge
 
 from ws_celery import inspection
-from ws_celery.cli.tables import arguments_of, table, time_of
+from ws_celery.cli.tables import arguments_of, confirm, echo, table, time_of
 from ws_celery.cli.values import LIMIT
 from ws_celery.inspection import Purged, QueueState, WaitingMessage
 
@@ -37,12 +37,12 @@ def queues(context: click.Context, as_json: bool) -> None:
         return
     states = inspection.queue_states(context.obj.app)
     if as_json:
-        click.echo(json.dumps([state.as_dict() for state in states], indent=2))
+        echo(json.dumps([state.as_dict() for state in states], indent=2))
         return
     for line in table(_HEADINGS, [_cells(state) for state in states], 5, 0):
-        click.echo(line)
+        echo(line)
     if any(state.unacked is None for state in states if state.exists):
-        click.echo("The broker does not tell how many messages workers have in hand (UNACKED).")
+        echo("The broker does not tell how many messages workers have in hand (UNACKED).")
 
 
 @queues.command
@@ -55,17 +55,17 @@ def peek(context: click.Context, name: str, limit: int, as_json: bool) -> None:
     peeked = inspection.peek_queue(context.obj.app, name, limit)
     if as_json:
         found = [message.as_dict() for message in peeked.messages]
-        click.echo(json.dumps({"source": peeked.source, "messages": found}, indent=2, default=str))
+        echo(json.dumps({"source": peeked.source, "messages": found}, indent=2, default=str))
         return
     if peeked.source == "outbox":
-        click.echo(
+        echo(
             "The broker cannot show messages without taking them. These are the unfinished "
             "dispatches to the queue, of which workers may have some:"
         )
     if peeked.messages:
         for line in table(_MESSAGES, [_message(each) for each in peeked.messages], 2, 5, 1):
-            click.echo(line)
-    click.echo(f"{len(peeked.messages)} shown.")
+            echo(line)
+    echo(f"{len(peeked.messages)} shown.")
 
 
 @queues.command(name="purge")
@@ -85,7 +85,7 @@ def delete(context: click.Context, name: str, yes: bool) -> None:
     """Throw away a queue, and what waits in it, for ever."""
     question = "Delete the queue {name} with {numbers}, for ever?"
     _throw_away(context.obj.app, name, yes, question, inspection.delete_queue)
-    click.echo(f"Deleted the queue {name}.")
+    echo(f"Deleted the queue {name}.")
 
 
 queues.add_command(copy.copy(delete), "drop")
@@ -112,10 +112,10 @@ def _purge_all(
     total = sum(state.waiting for state in found)
     if not force:
         question = f"Throw away {_count(total, 'message')} of {', '.join(names)}, for ever?"
-        click.confirm(question, abort=True)
+        confirm(question)
     done = [inspection.purge_queue(app, name) for name in names]
     purged = Purged(sum(each.messages for each in done), sum(each.rows for each in done))
-    click.echo(_said(purged, app))
+    echo(_said(purged, app))
 
 
 purge = copy.copy(celery_purge)
@@ -132,13 +132,13 @@ def _throw_away(
 ) -> None:
     state = inspection.queue_state(app, name)
     if not yes:
-        click.confirm(question.format(numbers=_numbers(state), name=name), abort=True)
+        confirm(question.format(numbers=_numbers(state), name=name))
     if state.waiting < _MANY:
         purged = action(app, name)
     else:
         with click.progressbar(length=state.waiting, label=name) as bar:
             purged = action(app, name, bar.update)
-    click.echo(_said(purged, app))
+    echo(_said(purged, app))
 
 
 def _said(purged: Purged, app: Any) -> str:

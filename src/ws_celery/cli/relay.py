@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import time
@@ -14,10 +13,11 @@ from celery.bin.base import LOG_LEVEL
 
 from ws_celery.cli.values import HealthFile
 from ws_celery.exceptions import ConfigurationError, WsCeleryError
+from ws_celery.masking import logger_of
 
 __all__ = ("relay",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 @click.command

@@ -15,6 +15,8 @@ from celery.bin.result import result as celery_result
 from ws_celery.exceptions import NoSuchResult, TaskNotRegistered
 from ws_celery.inspection.result_backend import answering, backend_of
 from ws_celery.locks import SKIPPED
+from ws_celery.masking import masked, printable
+from ws_celery.shown_arguments import shown_text
 
 __all__ = ("result",)
 
@@ -33,9 +35,13 @@ def _result(context: click.Context, /, task_id: str, task: str | None, traceback
     with answering():
         result = (app.tasks[task] if task else app).AsyncResult(task_id)
         value = result.traceback if traceback else _awaited(result)
-    if not traceback:
+        call = (result.args or (), result.kwargs or {}) if result.name else None
+    if isinstance(value, BaseException):
+        said = f"{type(value).__name__}: {value}"
+        if (text := shown_text(app, result.name, call, said)) != said:
+            raise click.ClickException(printable(text))  # Python would print the traceback
         result.maybe_throw()  # out there, since what a task has raised may look the same
-    context.obj.echo(value)
+    context.obj.echo(shown_text(app, result.name, call, value) if traceback and value else value)
 
 
 def _awaited(result: Any) -> Any:
@@ -44,7 +50,8 @@ def _awaited(result: Any) -> Any:
         if state == SKIPPED:
             said = result.info
             reason = said.get("reason", said) if isinstance(said, Mapping) else said
-            raise click.ClickException(f"The task {result.id} did not run: {reason}.")
+            text = printable(f"The task {result.id} did not run: {masked('', reason)}.")
+            raise click.ClickException(text)
         sleep(_INTERVAL)
     return result.get(propagate=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.tables import arguments_of, table, time_of
+from ws_celery.cli.tables import arguments_of, confirm, echo, fields_of, table, time_of
 from ws_celery.cli.values import LIMIT
 from ws_celery.inspection import Result
 
@@ -52,12 +52,12 @@ def results(
         return
     found = inspection.stored_results(context.obj.app, between=(since, until), **wanted)
     if as_json:
-        click.echo(json.dumps([each.as_dict() for each in found], indent=2, default=str))
+        echo(json.dumps([each.as_dict() for each in found], indent=2, default=str))
         return
     if found:
         for line in table(_HEADINGS, [_cells(each) for each in found], 4, 1):
-            click.echo(line)
-    click.echo(f"{len(found)} shown.")
+            echo(line)
+    echo(f"{len(found)} shown.")
 
 
 @results.command
@@ -68,10 +68,10 @@ def show(context: click.Context, task_id: str, as_json: bool) -> None:
     """Show the result of a task, from any result backend."""
     result = inspection.result_of(context.obj.app, task_id)
     if as_json:
-        click.echo(json.dumps(result.as_dict(), indent=2, default=str))
+        echo(json.dumps(result.as_dict(), indent=2, default=str))
         return
     for line in _lines(result):
-        click.echo(line)
+        echo(line)
 
 
 @results.command
@@ -82,9 +82,9 @@ def forget(context: click.Context, ids: Sequence[str], yes: bool) -> None:
     """Delete results, for ever."""
     counted = "1 result" if len(ids) == 1 else f"{len(ids)} results"
     if not yes:
-        click.confirm(f"Delete {counted}, for ever?", abort=True)
+        confirm(f"Delete {counted}, for ever?")
     inspection.forget_results(context.obj.app, *ids)
-    click.echo(f"Deleted {counted}.")
+    echo(f"Deleted {counted}.")
 
 
 def _cells(result: Result) -> tuple[str, ...]:
@@ -100,9 +100,6 @@ def _lines(result: Result) -> Iterator[str]:
         "arguments": result.arguments and arguments_of(result.arguments),
     }
     traceback = fields.pop("traceback")
-    width = max(map(len, fields))
-    for name, value in fields.items():
-        if value not in (None, ""):
-            yield f"{name.ljust(width)}  {value}"
+    yield from fields_of(fields)
     if traceback:
         yield f"\n{traceback.rstrip()}"

@@ -22,7 +22,7 @@ from ws_celery.cli.schedule_text import (
     time_text,
     value_text,
 )
-from ws_celery.cli.tables import table
+from ws_celery.cli.tables import echo, table
 from ws_celery.cli.values import LIMIT
 
 __all__ = ("schedule",)
@@ -49,7 +49,7 @@ def create(context: click.Context) -> None:
     app = _app(context)
     created = inspection.create_schedule(app)
     name = app.schedule.table.fullname
-    click.echo(f"Created the table {name}." if created else f"The table {name} is there already.")
+    echo(f"Created the table {name}." if created else f"The table {name} is there already.")
 
 
 # --- What there is ----------------------------------------------------------------------------
@@ -62,15 +62,15 @@ def list_entries(context: click.Context, as_json: bool) -> None:
     """List all entries, where they are from, and what is wrong with those that are set aside."""
     entries = inspection.schedule_entries(_app(context))
     if as_json:
-        click.echo(json.dumps([entry.as_dict() for entry in entries], indent=2))
+        echo(json.dumps([entry.as_dict() for entry in entries], indent=2))
         return
     if entries:
         for line in table(_HEADINGS, [cells(entry) for entry in entries], 4, 2, 1, 0, left_out=5):
-            click.echo(line)
+            echo(line)
     for entry in entries:
         if entry.problem:
-            click.echo(f"{entry.name}: {entry.problem}.")
-    click.echo(f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}.")
+            echo(f"{entry.name}: {entry.problem}.")
+    echo(f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}.")
 
 
 @schedule.command
@@ -81,17 +81,17 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
     """Show an entry: each field, where it is from, and what that overrides."""
     entry = inspection.schedule_entry(_app(context), name)
     if as_json:
-        click.echo(json.dumps(entry.as_dict(), indent=2))
+        echo(json.dumps(entry.as_dict(), indent=2))
         return
     rows = [
         (field, value_text(value), entry.origins.get(field, ""), others(entry, field))
         for field, value in entry.fields.items()
     ]
     for line in table(("FIELD", "VALUE", "FROM", "INSTEAD OF"), rows, 3, 1):
-        click.echo(line)
-    click.echo()
+        echo(line)
+    echo()
     for line in standing(entry):
-        click.echo(line)
+        echo(line)
 
 
 @schedule.command(name="next")
@@ -106,17 +106,17 @@ def next_ticks(
     """List the ticks to come, of these entries or of all, in UTC."""
     ticks = inspection.coming_ticks(_app(context), timedelta(hours=hours), names, limit)
     if as_json:
-        click.echo(json.dumps([tick.as_dict() for tick in ticks], indent=2))
+        echo(json.dumps([tick.as_dict() for tick in ticks], indent=2))
         return
     if ticks:
         for line in table(
             ("TIME (UTC)", "ENTRY", "TASK"), [tick_cells(each) for each in ticks], 2, 1
         ):
-            click.echo(line)
+            echo(line)
     if len(ticks) == limit:
-        click.echo(f"The first {limit}; --limit shows more.")
+        echo(f"The first {limit}; --limit shows more.")
     elif not ticks:
-        click.echo(f"No tick in the next {hours:g} hours.")
+        echo(f"No tick in the next {hours:g} hours.")
 
 
 @schedule.command
@@ -136,10 +136,10 @@ def health(context: click.Context, late: float, as_json: bool) -> None:
     """
     found = inspection.schedule_health(_app(context), timedelta(seconds=late))
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2))
+        echo(json.dumps(found.as_dict(), indent=2))
     else:
         for line in health_lines(found):
-            click.echo(line)
+            echo(line)
     sys.exit(0 if found.is_healthy else 1)
 
 
@@ -195,7 +195,7 @@ def disable(context: click.Context, names: Sequence[str]) -> None:
     """Switch entries off."""
     for name in names:
         inspection.disable_schedule_entry(_app(context), name)
-        click.echo(f"{name} is off.")
+        echo(f"{name} is off.")
 
 
 @schedule.command
@@ -205,7 +205,7 @@ def remove(context: click.Context, names: Sequence[str]) -> None:
     """Delete entries of the database, and what was edited of those of INI and code."""
     for name in names:
         inspection.remove_schedule_entry(_app(context), name)
-        click.echo(f"The database says nothing of {name} any more.")
+        echo(f"The database says nothing of {name} any more.")
 
 
 @schedule.command
@@ -215,7 +215,7 @@ def run(context: click.Context, names: Sequence[str]) -> None:
     """Let a beat send entries now, once, whatever their schedule says."""
     for name in names:
         inspection.run_schedule_entry(_app(context), name)
-        click.echo(f"A beat will send {name} within seconds.")
+        echo(f"A beat will send {name} within seconds.")
 
 
 # --- Schedules as data ------------------------------------------------------------------------
@@ -237,10 +237,10 @@ def export(context: click.Context, everything: bool, form: str) -> None:
     app = _app(context)
     entries = inspection.export_schedule(app, everything=everything)
     for line in written(entries, form):
-        click.echo(line)
+        echo(line)
     if left_out := inspection.unexported_entries(app, everything=everything):
         names = ", ".join(left_out)
-        click.echo(f"Left out, because they cannot be imported: {names}.", err=True)
+        echo(f"Left out, because they cannot be imported: {names}.", err=True)
 
 
 @schedule.command(name="import")
@@ -254,9 +254,9 @@ def import_entries(context: click.Context, file: Path, once: bool, replace: bool
         raise click.UsageError("Give --once or --replace: what is to become of edited entries?")
     outcome = inspection.import_schedule(_app(context), read_entries(file), replace=replace)
     counts = (len(outcome.added), len(outcome.replaced), len(outcome.left))
-    click.echo("Added {}, replaced {}, left {} as they are.".format(*counts))
+    echo("Added {}, replaced {}, left {} as they are.".format(*counts))
     if outcome.over:
-        click.echo(f"Left out, because their time is past: {', '.join(outcome.over)}.", err=True)
+        echo(f"Left out, because their time is past: {', '.join(outcome.over)}.", err=True)
 
 
 def _app(context: click.Context) -> Any:
@@ -278,6 +278,6 @@ def _given(fields: Sequence[str]) -> dict[str, str]:
 def _show_next(context: click.Context, name: str) -> None:
     entry = inspection.schedule_entry(_app(context), name)
     if entry.state == "on":
-        click.echo(f"{name}: {entry.schedule}; the next tick is {time_text(entry.next_tick)} UTC.")
+        echo(f"{name}: {entry.schedule}; the next tick is {time_text(entry.next_tick)} UTC.")
     else:
-        click.echo(f"{name}: {entry.schedule}; {entry.state}.")
+        echo(f"{name}: {entry.schedule}; {entry.state}.")

@@ -14,6 +14,7 @@ import click
 from celery.bin.shell import shell as celery_shell
 from pyramid.scripting import prepare
 
+from ws_celery.cli.tables import echo
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.shell import open_transaction, tasks_by_name
 
@@ -67,7 +68,7 @@ def _interact(names: dict[str, Any], banner: str, wanted: list[str], *, plain: b
                     f"{name} is not installed. Install it: pip install {name}."
                 ) from None
             continue
-        click.echo(banner)
+        echo(banner)
         if name == "ipython":
             module.start_ipython(argv=[], user_ns=names)
         else:

@@ -12,6 +12,7 @@ from celery.bin.control import status as celery_status
 from celery.platforms import EX_UNAVAILABLE
 from click.core import ParameterSource
 
+from ws_celery.cli.tables import echo
 from ws_celery.inspection import health
 
 __all__ = ("status",)
@@ -59,10 +60,10 @@ def _status(context: click.Context, /, **options: Any) -> None:
     healthy = all(part.healthy for part in found)
     if options["json"]:
         parts = [part.as_dict() for part in found]
-        click.echo(json.dumps({"healthy": healthy, "parts": parts}, indent=2))
+        echo(json.dumps({"healthy": healthy, "parts": parts}, indent=2))
     else:
         for part in found:
-            click.echo(f"{part.name:8}  {'ok' if part.healthy else 'FAILED':6}  {part.detail}")
+            echo(f"{part.name:8}  {'ok' if part.healthy else 'FAILED':6}  {part.detail}")
     context.exit(0 if healthy else EX_UNAVAILABLE)
 
 

@@ -1,19 +1,91 @@
-"""Tables for people: as wide as the terminal."""
+"""What commands print for people: tables as wide as the terminal, and text that it can show."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
-__all__ = ("arguments_of", "table", "time_of")
+import click
+from celery.bin.base import CLIContext
+
+from ws_celery.app import PyramidCelery
+from ws_celery.masking import MASK, masked_text, printable
+from ws_celery.shown_arguments import shown_value
+
+__all__ = ("SafeContext", "arguments_of", "confirm", "echo", "fields_of", "table", "time_of")
+
+#: What Celery writes in colours, and what it says of a message that it moves.
+_COLOURS = re.compile(r"(\x1b\[[\d;]*m)")
+_MIGRATED = re.compile(r"(Migrating task \S+: ).*", re.DOTALL)
 
 #: Width of a table whose terminal is not known, such as in a pipe: no line is cut there.
 _USUAL = 120
 #: To how many characters a column gives way, as long as that is enough, and at most.
 _NARROW, _NARROWEST = 20, 10
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print a text; what a terminal would obey is shown instead."""
+    click.echo(printable(text), err=err)
+
+
+def confirm(question: str, *, err: bool = False) -> None:
+    """Ask, and end the command unless the answer is yes."""
+    click.confirm(printable(question), abort=True, err=err)
+
+
+class SafeContext(CLIContext):
+    """What Celery's own commands print with; what workers answer is shown without its secrets."""
+
+    def style(self, message: str | None = None, **options: Any) -> str | None:
+        """Return a text with its colours, as in Celery."""
+        styled: str | None = super().style(message and printable(message), **options)
+        return styled
+
+    def pretty(self, n: Any) -> tuple[str, str]:
+        """Return an answer as text, as in Celery."""
+        status, text = super().pretty(self._shown(n))
+        return status, text
+
+    def echo(self, message: Any = None, **options: Any) -> None:
+        """Print a text, or a value."""
+        super().echo(self._safe(message), **options)
+
+    def _safe(self, message: Any) -> Any:
+        if not isinstance(message, str):
+            return self._shown(message)
+        if message.startswith(("{", "[")):  # --json
+            with suppress(ValueError):
+                return json.dumps(self._shown(json.loads(message)))
+        text = masked_text(_MIGRATED.sub(rf"\g<1>{MASK}", message))
+        parts = enumerate(_COLOURS.split(text))
+        return "".join(part if number % 2 else printable(part) for number, part in parts)
+
+    def _shown(self, value: Any) -> Any:
+        if isinstance(self.app, PyramidCelery):
+            value = shown_value(self.app, "", value)
+        return _printable_within(value)
+
+
+def _printable_within(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_printable_within(key): _printable_within(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable_within(each) for each in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def fields_of(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each field: its name and its value, if it has one."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        if value not in (None, ""):
+            yield f"{name.ljust(width)}  {printable(str(value), lines=False)}"
 
 
 def table(
@@ -28,12 +100,15 @@ def table(
     :param giving_way: numbers of the columns that are cut where the terminal is narrow, the first
         one first.
     :param left_out: number of the column that is left out where that is not enough.
-    :param whole: whether lines are longer than the terminal rather than cut at their end.
+    :param whole: whether lines are longer than the terminal rather than cut at their end; in a pipe
+        nothing is cut then.
     """
     columns = shutil.get_terminal_size((0, 0)).columns
+    rows = [[printable(" ".join(cell.split())) for cell in row] for row in rows]
     width = 0 if whole else columns
     full = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    widths = _fitted(dict(enumerate(full)), giving_way, columns or _USUAL, _NARROW)
+    room = columns or (sum(full) * 2 if whole else _USUAL)
+    widths = _fitted(dict(enumerate(full)), giving_way, room, _NARROW)
     if width and _length(widths) > width:
         kept = {number: each for number, each in enumerate(full) if number != left_out}
         widths = _fitted(kept, giving_way, width, _NARROW)
@@ -44,8 +119,7 @@ def table(
 
 
 def _line(cells: Sequence[str], widths: Mapping[int, int]) -> str:
-    texts = {number: " ".join(cells[number].split()) for number in widths}
-    cut = (_cut(texts[number], width).ljust(width) for number, width in widths.items())
+    cut = (_cut(cells[number], width).ljust(width) for number, width in widths.items())
     return "  ".join(cut).rstrip()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.tables import arguments_of, table, time_of
+from ws_celery.cli.tables import arguments_of, confirm, echo, fields_of, table, time_of
 from ws_celery.inspection import HeldTask, RegisteredTask, WorkerState
 
 __all__ = ("tasks", "workers")
@@ -41,10 +41,10 @@ def tasks(context: click.Context, with_celerys: bool, as_json: bool) -> None:
     found = inspection.registered_tasks(_app(context))
     found = [task for task in found if with_celerys or task.origin != "celery"]
     if as_json:
-        click.echo(json.dumps([task.as_dict() for task in found], indent=2))
+        echo(json.dumps([task.as_dict() for task in found], indent=2))
         return
     for line in table(_HEADINGS, [_cells(task) for task in found], 4, 3, 2, 1, 0):
-        click.echo(line)
+        echo(line)
 
 
 @tasks.command
@@ -55,12 +55,13 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
     """Show all that was decided about one task."""
     fields = inspection.registered_task(_app(context), name).as_dict()
     if as_json:
-        click.echo(json.dumps(fields, indent=2))
+        echo(json.dumps(fields, indent=2))
         return
-    width = max(map(len, fields))
-    for key, value in fields.items():
-        shown = value if isinstance(value, str) else json.dumps(value)
-        click.echo(f"{key.ljust(width)}  {shown}")
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()
+    }
+    for line in fields_of(texts):
+        echo(line)
 
 
 @tasks.command
@@ -78,12 +79,12 @@ def running(context: click.Context, states: Sequence[str], timeout: float, as_js
     """List what workers have in hand: running, next, or waiting for its eta."""
     held = inspection.held_tasks(_app(context), states or inspection.STATES, timeout)
     if as_json:
-        click.echo(json.dumps([task.as_dict() for task in held], indent=2, default=str))
+        echo(json.dumps([task.as_dict() for task in held], indent=2, default=str))
         return
     if held:
         for line in table(_HELD, [_held(task) for task in held], 5, 4, 1):
-            click.echo(line)
-    click.echo(f"{len(held)} in the hands of workers.")
+            echo(line)
+    echo(f"{len(held)} in the hands of workers.")
 
 
 @tasks.command
@@ -94,9 +95,9 @@ def running(context: click.Context, states: Sequence[str], timeout: float, as_js
 def revoke(context: click.Context, ids: Sequence[str], timeout: float, yes: bool) -> None:
     """Let tasks not run, if they have not begun."""
     if not yes:
-        click.confirm(f"Revoke {_counted(ids)}, so that they never run?", abort=True)
+        confirm(f"Revoke {_counted(ids)}, so that they never run?")
     inspection.revoke_tasks(_app(context), ids, timeout=timeout)
-    click.echo(f"Revoked {_counted(ids)}.")
+    echo(f"Revoked {_counted(ids)}.")
 
 
 @tasks.command
@@ -121,9 +122,9 @@ def terminate(
         held = inspection.held_tasks(app, ("active",), timeout)
         count = sum(task.id in ids for task in held)
         question = f"{_counted(ids)}, of which {count} running: kill with {signal}?"
-        click.confirm(f"Terminate {question}", abort=True)
+        confirm(f"Terminate {question}")
     inspection.revoke_tasks(app, ids, terminate=True, signal=signal, timeout=timeout)
-    click.echo(f"Asked workers to terminate {_counted(ids)}.")
+    echo(f"Asked workers to terminate {_counted(ids)}.")
 
 
 @click.command
@@ -134,10 +135,10 @@ def workers(context: click.Context, timeout: float, as_json: bool) -> None:
     """List the workers that answer."""
     found = inspection.worker_states(_app(context), timeout)
     if as_json:
-        click.echo(json.dumps([worker.as_dict() for worker in found], indent=2))
+        echo(json.dumps([worker.as_dict() for worker in found], indent=2))
         return
     for line in table(_WORKERS, [_worker(each) for each in found], 5, 0):
-        click.echo(line)
+        echo(line)
 
 
 def _app(context: click.Context) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID
@@ -14,7 +14,8 @@ from kombu.serialization import loads, prepare_accept_content
 from ws_celery.applications import get_celery_app
 from ws_celery.dispatch import Publication
 from ws_celery.exceptions import BrokenRow, NoSuchRow, OutboxNotOn
-from ws_celery.masking import masked
+from ws_celery.masking import masked_text
+from ws_celery.shown_arguments import shown_arguments, shown_text
 
 __all__ = (
     "OutboxRow",
@@ -51,8 +52,10 @@ class OutboxRow:
     :param died_at: when it became a dead letter.
     :param deliveries: how often the relay has sent it.
     :param retries: how often the task has asked to be tried again.
-    :param error: why it is a dead letter: a traceback, or a sentence.
+    :param error: why it is a dead letter: a traceback, or a sentence; its secrets masked.
     :param problem: what is wrong with the row itself, so that it cannot be sent.
+    :param arguments: ``args`` and ``kwargs`` of the call, their secrets masked; ``None`` if they
+        cannot be read.
     """
 
     id: UUID
@@ -69,20 +72,12 @@ class OutboxRow:
     retries: int
     error: str | None = field(repr=False)
     problem: str | None
-    _call: tuple[Any, Any] | None = field(repr=False)
-
-    @property
-    def arguments(self) -> dict[str, Any] | None:
-        """``args`` and ``kwargs`` of the call, their secrets masked; ``None`` if unreadable."""
-        if self._call is None:
-            return None
-        args, kwargs = self._call
-        return {"args": masked("", args), "kwargs": masked("", kwargs)}
+    arguments: dict[str, Any] | None = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them, without the arguments."""
-        fields = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
-        return {key: _as_json(value) for key, value in fields.items()}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {key: _as_json(value) for key, value in fields.items() if key != "arguments"}
 
 
 @dataclass(frozen=True)
@@ -264,9 +259,9 @@ def _row(outbox: Any, row: Any) -> OutboxRow:
         is_dead=row.due_at is None,
         deliveries=row.deliveries,
         retries=retries,
-        error=row.error,
-        problem=problem,
-        _call=call,
+        error=row.error and shown_text(outbox.app, row.task, call, row.error),
+        problem=problem and masked_text(problem),
+        arguments=call and shown_arguments(outbox.app, row.task, *call),
         **times,
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone, tzinfo
+from functools import partial
 from typing import Any
 
 from celery import states
@@ -16,8 +17,8 @@ from ws_celery.exceptions import NoSuchResult, ResultsNotListed
 from ws_celery.inspection.messages import time_of
 from ws_celery.inspection.result_backend import answering, backend_of, in_zone, zone_of
 from ws_celery.locks import SKIPPED
-from ws_celery.masking import masked, masked_text
-from ws_celery.shown_arguments import shown_arguments
+from ws_celery.masking import masked
+from ws_celery.shown_arguments import shown_arguments, shown_text
 
 __all__ = ("Result", "forget_results", "result_of", "stored_results")
 
@@ -148,28 +149,45 @@ def _result(app: Any, found: Mapping[str, Any], zone: tzinfo = timezone.utc) -> 
     if isinstance(done, datetime) and done.tzinfo is None:
         done = done.replace(tzinfo=zone)
     call = found.get("args"), found.get("kwargs")
+    known = None if call == (None, None) else call
     return Result(
         id=found["task_id"],
         state=found["status"],
         task=name,
         done=time_of(done),
-        result=_shown(found.get("result"), found["status"]),
-        traceback=traceback and masked_text(traceback),
-        arguments=None if call == (None, None) else shown_arguments(app, name, *call),
+        result=_shown(app, found, known),
+        traceback=traceback and shown_text(app, name, known, traceback),
+        arguments=known and shown_arguments(app, name, *call),
         worker=found.get("worker"),
         queue=found.get("queue"),
         retries=found.get("retries"),
     )
 
 
-def _shown(value: Any, state: str) -> Any:
+def _shown(app: Any, found: Mapping[str, Any], call: tuple[Any, Any] | None) -> Any:
+    value = found.get("result")
     if isinstance(value, BaseException):
-        return masked_text(f"{type(value).__name__}: {value}")
-    if state == SKIPPED and isinstance(value, Mapping) and isinstance(value.get("holder"), Mapping):
+        value = f"{type(value).__name__}: {value}"
+    if found["status"] in states.EXCEPTION_STATES:
+        return _shown_error(value, partial(shown_text, app, found.get("name"), call))
+    if (
+        found["status"] == SKIPPED
+        and isinstance(value, Mapping)
+        and isinstance(value.get("holder"), Mapping)
+    ):
         # The key is that of a lock, and the token tells holders apart.
         holder = {name: masked("", each) for name, each in value["holder"].items()}
         return {**{name: masked("", each) for name, each in value.items()}, "holder": holder}
     return masked("", value)
+
+
+def _shown_error(value: Any, shown: Callable[[str], str]) -> Any:
+    """Return an error as it is stored: a text, or its class and its arguments."""
+    if isinstance(value, Mapping):
+        return {key: _shown_error(inner, shown) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shown_error(inner, shown) for inner in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _decoded(backend: Any, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from ws_celery.beat.entry import FIELDS, Entry, Known
 from ws_celery.beat.sources import entries_of, entry_of, fields_by_source
 from ws_celery.beat.ticks import ticks_between
 from ws_celery.exceptions import NoSuchEntry, ScheduleNotOn
-from ws_celery.masking import masked
+from ws_celery.masking import masked_text
+from ws_celery.shown_arguments import shown_arguments, shown_value
 
 __all__ = (
     "ComingTick",
@@ -31,8 +32,6 @@ __all__ = (
 )
 
 _FOREVER = datetime.max.replace(tzinfo=timezone.utc)
-#: Fields that may hold secrets.
-_ARGUMENTS = ("args", "kwargs", "options")
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def schedule_entries(source: Any) -> list[ScheduleEntry]:
     """Return all entries by name: also those that are off, set aside or orphaned."""
     app, known, now = look(source)
     entries, said = entries_of(app, known), fields_by_source(app)
-    return [_shown(entries[name], _known(known, name), now, said) for name in sorted(entries)]
+    return [_shown(app, entries[name], _known(known, name), now, said) for name in sorted(entries)]
 
 
 def schedule_entry(source: Any, name: str) -> ScheduleEntry:
@@ -133,7 +132,7 @@ def schedule_entry(source: Any, name: str) -> ScheduleEntry:
     entry = entry_of(app, name, known.get(name))
     if entry is None:
         raise NoSuchEntry(name)
-    return _shown(entry, _known(known, name), now, fields_by_source(app))
+    return _shown(app, entry, _known(known, name), now, fields_by_source(app))
 
 
 def coming_ticks(
@@ -171,7 +170,9 @@ def _known(known: Mapping[str, Known], name: str) -> Known:
     return known.get(name) or Known(name, "")
 
 
-def _shown(entry: Entry, known: Known, now: datetime, said: Mapping[str, Any]) -> ScheduleEntry:
+def _shown(
+    app: Any, entry: Entry, known: Known, now: datetime, said: Mapping[str, Any]
+) -> ScheduleEntry:
     last = known.last_run_at
     entry, coming = _with_coming(entry, last, now)
     return ScheduleEntry(
@@ -179,15 +180,15 @@ def _shown(entry: Entry, known: Known, now: datetime, said: Mapping[str, Any]) -
         task=entry.task,
         schedule=entry.words,
         state=_state(entry, coming),
-        problem=entry.problem,
+        problem=entry.problem and masked_text(entry.problem),
         origin=known.origin if entry.orphaned else entry.origin,
         origins=dict(entry.origins),
-        overridden=_overridden(entry, said),
+        overridden=_overridden(app, entry, said),
         last_tick=known.last_tick,
         next_tick=coming,
         run_requested_at=known.run_requested_at,
         task_id=known.task_id,
-        fields=_masked(entry.as_fields()),
+        fields=_masked(app, entry.task, entry.as_fields()),
     )
 
 
@@ -213,19 +214,25 @@ def _state(entry: Entry, coming: datetime | None) -> str:
     return "ended" if coming is None else "on"
 
 
-def _overridden(entry: Entry, said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _overridden(app: Any, entry: Entry, said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for source, entries in said.items():
-        for name, value in _masked(entries.get(entry.name, {})).items():
+        for name, value in _masked(app, entry.task, entries.get(entry.name, {})).items():
             if entry.origins.get(name) != source:
                 found.setdefault(name, {})[source] = as_json(value)
     return found
 
 
-def _masked(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: masked("", value) if name in _ARGUMENTS else value for name, value in fields.items()
-    }
+def _masked(app: Any, task: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    shown = dict(fields)
+    if call := {"args", "kwargs"} & fields.keys():
+        told = shown_arguments(app, task, fields.get("args"), fields.get("kwargs"))
+        shown.update({name: told[name] for name in call})
+    if "options" in fields:
+        shown["options"] = shown_value(app, "", fields["options"])
+    if fields.get("description"):
+        shown["description"] = masked_text(str(fields["description"]))
+    return shown
 
 
 def _coming(entry: Entry, known: Known, now: datetime, until: datetime) -> Iterator[ComingTick]:

@@ -14,6 +14,7 @@ from ws_celery.beat.entry import Entry, Known
 from ws_celery.beat.sources import entries_of
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.inspection.schedule import look
+from ws_celery.shown_arguments import shown_value
 
 __all__ = ("RegisteredTask", "queue_of", "registered_task", "registered_tasks")
 
@@ -97,8 +98,17 @@ def _registered(
         acknowledge=getattr(task, "acknowledge", None),
         max_retries=task.max_retries,
         schedule=tuple(sorted(key for key, entry in entries.items() if entry.task == name)),
-        options=known.get("options") or {},
+        options=_options(app, name, known.get("options") or {}),
     )
+
+
+def _options(app: Any, name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options of a task, secrets masked; the schedule among them may have arguments."""
+    schedule = options.get("schedule")
+    if isinstance(schedule, Mapping):
+        told = shown_value(app, "", {**schedule, "task": name})
+        options = {**options, "schedule": {key: told[key] for key in schedule}}
+    return dict(shown_value(app, "", options))
 
 
 def _base(task: Any, known: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -13,10 +12,11 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from ws_celery.exceptions import LockGone, LocksUnavailable
+from ws_celery.masking import logger_of
 
 __all__ = ("Held", "Holder", "Store")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: Seconds that the end of a run waits at most for a store that does not answer.
 _PATIENCE = 5.0

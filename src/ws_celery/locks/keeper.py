@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,10 +16,11 @@ from ws_celery.locks.choice import store_of
 from ws_celery.locks.holding import Held, Holder, Store
 from ws_celery.locks.renewal import Renewal
 from ws_celery.locks.rule import OneInstance
+from ws_celery.masking import logger_of
 
 __all__ = ("SKIPPED", "Locks")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: The state of a task that another one with its key has kept from running.
 SKIPPED = "SKIPPED"

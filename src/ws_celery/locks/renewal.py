@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -10,10 +9,11 @@ from time import monotonic
 from typing import Any
 
 from ws_celery.locks.holding import Held
+from ws_celery.masking import logger_of
 
 __all__ = ("Renewal",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class Renewal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -10,13 +9,14 @@ from celery.canvas import signature
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from ws_celery.exceptions import CutOff, Duplicate, ForeignMessage
+from ws_celery.masking import logger_of
 
 if TYPE_CHECKING:
     from ws_celery.outbox.store import Outbox
 
 __all__ = ("Run",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -20,6 +19,7 @@ from ws_celery.dispatch import (
     holding,
 )
 from ws_celery.exceptions import ConfigurationError
+from ws_celery.masking import logger_of
 from ws_celery.outbox.claim import Claim
 from ws_celery.outbox.database import Database
 from ws_celery.outbox.journal import Journal
@@ -33,7 +33,7 @@ from ws_celery.outbox.unclaimed import Unclaimed
 
 __all__ = ("Outbox",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class Outbox(Database):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,12 @@ from sqlalchemy.exc import OperationalError
 
 from ws_celery.dispatch import Publication, holding
 from ws_celery.exceptions import WsCeleryError
+from ws_celery.masking import logger_of
 from ws_celery.outbox.run import Run
 
 __all__ = ("Unclaimed",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class Unclaimed(Run):

@@ -6,7 +6,6 @@ environment variables that Celery obeys beat all of them.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import plaster
 
 from ws_celery.exceptions import ConfigurationError, Fault
+from ws_celery.masking import logger_of
 from ws_celery.settings.application import celeryconfig, code, merge_app_settings
 from ws_celery.settings.environment import Override, ini_variables, obey_environment
 from ws_celery.settings.faults import Faults, Place, Value
@@ -24,7 +24,7 @@ from ws_celery.settings.sections import Sections, Setting
 
 __all__ = ("Configuration", "celery_settings", "read_configuration", "survey")
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _REMEDY = (
     "Set broker_url in the [celery] section of the INI file, and in [app:main] "

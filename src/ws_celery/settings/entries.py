@@ -45,7 +45,7 @@ def accept_options(values: Mapping[str, Any], *, in_python: bool) -> dict[str, A
     :raises Refused: at the first key that is unknown or has a value of another kind.
     """
     if "task_id" in values:
-        raise Refused("has task_id: each tick has an id of its own, which beat makes. Take it out")
+        raise Refused(f"has task_id, which {OF_ONE_CALL['task_id']}")
     as_given: dict[str, Any] = {}
     if in_python:
         untyped = {*_options_of_a_call(), *values.get("stamped_headers", ())}

@@ -9,8 +9,8 @@ from typing import Any
 
 from ws_celery.converters import Refused, nearest
 from ws_celery.exceptions import Fault
-from ws_celery.masking import masked, masked_text
-from ws_celery.settings.kinds import TEXT, Kind, Miswritten, miswritten
+from ws_celery.masking import MASK, masked, masked_text
+from ws_celery.settings.kinds import OF_ONE_CALL, TEXT, Kind, Miswritten, miswritten
 
 __all__ = ("Faults", "Place", "Value")
 
@@ -49,6 +49,8 @@ class Place:
         name = f"{self.section} {self.key} {close or ''}"
         shown = None if value is None else str(masked(name, value))
         close = close and masked_text(close)
+        if value is not None and self.key in ("args", "kwargs"):
+            shown = MASK  # nobody knows the names of a task's parameters here
         return Fault(problem, self.file, self.line, self.section, self.key, shown, expected, close)
 
     def key_beside(self, key: str) -> Place:
@@ -112,8 +114,10 @@ class Faults(list[Fault]):
         for key, value in values.items():
             kind = kinds.get(key)
             if kind is None:
-                close = nearest(key, (*kinds, *also))
-                self.at(value.place, "this key is not known", value=value.text, close=close)
+                reason = OF_ONE_CALL.get(key) if "countdown" in kinds else None
+                close = None if reason else nearest(key, (*kinds, *also))
+                problem = reason or "this key is not known"
+                self.at(value.place, problem, value=value.text, close=close)
                 continue
             with self.catching(value, kind.expected):
                 found[key] = value.typed(kind)

@@ -33,6 +33,7 @@ __all__ = (
     "MODULES",
     "MOMENT",
     "NAMES",
+    "OF_ONE_CALL",
     "PROSE",
     "SECONDS",
     "TEXT",
@@ -50,6 +51,12 @@ __all__ = (
     "whole",
     "without_blanks",
 )
+
+#: Options of one call, refused in what is configured for all calls; with the reason.
+OF_ONE_CALL = {
+    "task_id": "cannot be set: each call and each tick has an id of its own; leave it out",
+    "eta": "cannot be set: all calls would have the same; write countdown, in seconds",
+}
 
 
 class Miswritten(Refused):
@@ -378,6 +385,8 @@ def accept_keys(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[st
 
     :raises Refused: at the first key that is unknown or has a value of another kind.
     """
+    for key in OF_ONE_CALL.keys() & values.keys() if "countdown" in kinds else ():
+        raise Refused(f"has {key}, which {OF_ONE_CALL[key]}")
     inside = partial(_inside, kinds, "no")
     return {key: _accept_key(inside, key, value) for key, value in values.items()}
 

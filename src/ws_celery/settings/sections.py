@@ -40,7 +40,7 @@ class Setting:
     :param category: ``option``, ``route``, ``queue``, ``annotation`` or ``entry``.
     :param name: the option, with a dot and the key where it is a part of one; or the task, queue or
         entry.
-    :param value: the typed value.
+    :param value: the typed value; of an entry its fields, the schedule as it is written.
     :param place: where it is written.
     """
 
@@ -51,9 +51,10 @@ class Setting:
 
     @property
     def type(self) -> str:
-        """Name of the value's type, for people."""
-        value = self.value["schedule"] if self.category == "entry" else self.value
-        return "none" if value is None else type(value).__name__
+        """Name of the value's type, for people; of an entry, of its schedule."""
+        if self.category == "entry":
+            return str(self.value.get("type") or "none")
+        return "none" if self.value is None else type(self.value).__name__
 
     def belongs_to(self, option: str) -> bool:
         """Tell whether this is an option, or a key of its mapping."""
@@ -256,9 +257,9 @@ class Sections:
             if read is None:
                 continue
             self.entries[name] = read.fields
+            self.rows.append(Setting("entry", name, read.fields, block.place))
             if read.for_celery is not None:
                 entries[name] = read.for_celery
-                self.rows.append(Setting("entry", name, read.for_celery, block.place))
         if entries or given is not None:
             self.settings["beat_schedule"] = entries
 
