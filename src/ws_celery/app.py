@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +29,7 @@ from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.locks import Locks, check_key
 from ws_celery.logs import set_up_logging
-from ws_celery.masking import masked_text
+from ws_celery.masking import logger_of, masked_text
 from ws_celery.propagation import Propagation
 from ws_celery.publishing import Publisher
 from ws_celery.request import HEADER, calling_request, description_of, failing
@@ -41,7 +40,7 @@ from ws_celery.transactions import Transactions
 
 __all__ = ("PyramidCelery",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 #: What the positional arguments of ``send_task`` after name, args and kwargs are called.
 _POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]

@@ -70,8 +70,14 @@ _NOT_PRINTABLE = re.compile(
 )
 _LINES = "\n\t"
 
-#: The arguments in what Celery logs of a message that it cannot read, or of an unknown task.
-_BODY = re.compile(r"(body(?: was)?:\s+).*(?= \(\d+b\))", re.DOTALL)
+#: Arguments in what Celery logs of a message that it cannot read or whose task it does not know; at
+#: DEBUG also of what a pool runs, and of the schedule.
+_ARGUMENTS = re.compile(
+    r"(body(?: was)?:\s+)(?s:.*)(?= \(\d+b\))"
+    r"|(TaskPool: Apply .*? \(args:)(?s:.*)(?=\)$)"
+    r"|^(<\w+: .*?\().*(?=\) <)",
+    re.MULTILINE,
+)
 
 #: Whose log records are made safe; what an application logs is its own.
 _LOGGERS = ("ws_celery", "celery", "kombu")
@@ -218,7 +224,7 @@ class SafeRecords(logging.Filter):
         if record.name.partition(".")[0] in _LOGGERS:
             text = record.getMessage()
             record.args = _on_one_line(record.args)
-            safe = printable(masked_text(_BODY.sub(rf"\g<1>{MASK}", record.getMessage())))
+            safe = printable(masked_text(_ARGUMENTS.sub(_without_arguments, record.getMessage())))
             if safe != text:
                 record.msg, record.args = safe, None
             if record.exc_info and record.exc_text is None:
@@ -228,6 +234,10 @@ class SafeRecords(logging.Filter):
             if isinstance(data := getattr(record, "data", None), Mapping):
                 record.data = {key: _safe(value) for key, value in data.items()}
         return True
+
+
+def _without_arguments(match: re.Match[str]) -> str:
+    return f"{match[match.lastindex or 0]}{MASK}"
 
 
 def _on_one_line(args: Any) -> Any:

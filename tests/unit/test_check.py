@@ -43,7 +43,7 @@ def test_what_only_the_schedule_in_the_database_obeys_is_an_error_without_it(fou
     assert found(text)["entry"].text == (
         "[celerybeat:a] has catch_up, which needs the schedule in the database: Celery's own "
         "scheduler would not obey. Set ws_celery.beat = true in the section of the application, or "
-        "take it out"
+        "take it out."
     )
     assert "entry" not in found(text, app="ws_celery.beat = true\n")
 

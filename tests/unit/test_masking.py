@@ -7,6 +7,10 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from celery import Celery
+from celery.beat import ScheduleEntry
+from celery.concurrency import solo
+from celery.schedules import schedule
 from celery.worker.consumer.consumer import INVALID_TASK_ERROR, UNKNOWN_TASK_ERROR, dump_body
 from hypothesis import given
 from hypothesis import strategies as st
@@ -287,6 +291,24 @@ def test_the_arguments_in_a_message_that_celery_cannot_read_are_not_told(templat
     assert SafeRecords().filter(record)
     assert f"message body was:\n{MASK} (21b)" in record.getMessage()
     assert "hunter2" not in record.getMessage()
+
+
+def test_the_arguments_that_celery_tells_at_the_level_debug_are_not_told(caplog):
+    caplog.set_level(logging.DEBUG)
+    caplog.handler.addFilter(SafeRecords())
+    app = Celery("shop", set_as_current=False)
+    pool = solo.TaskPool(1, app=app)
+    pool.start()
+    pool.apply_async(print, ("pay", '[["hunter2"]]'), {"end": "."}, callback=lambda _: None)
+    logging.getLogger("celery.beat").debug(
+        "Current schedule:\n%r\nends",
+        ScheduleEntry("nightly", "pay", schedule=schedule(5), args=("hunter2",), app=app),
+    )
+
+    assert caplog.text.count(MASK) == 2
+    assert f"(args:{MASK})" in caplog.text
+    assert f"<ScheduleEntry: nightly pay({MASK}) <freq: 5.00 seconds>" in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 def test_the_fields_of_a_record_of_celery_tell_no_password():

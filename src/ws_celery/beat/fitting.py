@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
+from celery.beat import BeatLazyFunc
 from celery.exceptions import QueueNotFound
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
@@ -65,11 +66,14 @@ def _problem(entry: Entry, app: Any) -> str | None:
 
 def _problem_of_message(entry: Entry, task: Any) -> str | None:
     serializer = entry.options.get("serializer") or task.serializer
+    # What is made at each tick cannot be looked at now.
+    args = [None if isinstance(each, BeatLazyFunc) else each for each in entry.args]
+    kwargs = {k: v for k, v in entry.kwargs.items() if not isinstance(v, BeatLazyFunc)}
     try:
-        dumps((entry.args, entry.kwargs), serializer=serializer)
+        dumps((args, kwargs), serializer=serializer)
     except EncodeError as error:
         try:
-            blame_argument(error, entry.task, entry.args, entry.kwargs, serializer)
+            blame_argument(error, entry.task, args, kwargs, serializer)
         except ArgumentNotSerializable as blamed:
             return str(blamed).rstrip(".")
     queue = entry.options.get("queue") or getattr(task, "queue", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from uuid import UUID
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals, states
 
+from ws_celery.masking import logger_of
 from ws_celery.outbox.message import row_id_in
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Settlement",)
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 
 class Settlement:

@@ -12,6 +12,7 @@ from ws_celery.converters import Refused, nearest
 from ws_celery.schedules import KEYS_OF_TYPES, SCHEDULE_TYPES, parse_schedule
 from ws_celery.settings.faults import Faults, Place, Value
 from ws_celery.settings.keys import ENTRY_KEYS, ROUTE_KEYS, accept_keys
+from ws_celery.settings.kinds import OF_ONE_CALL
 
 __all__ = ("ReadEntry", "accept_options", "read_entry")
 
