@@ -171,7 +171,8 @@ class Publisher:
         if not publications:
             return
         lost = self.spool.keep(publications)
-        if kept := [each for each in publications if each not in lost]:
+        without = set(lost)
+        if kept := [each for each in publications if each not in without]:
             self._log(logging.WARNING, "this process sends these tasks later", kept, error)
             tell(TasksSpooled(self._app, kept, error=error))
         self.report(lost, error, ambiguous=False)

@@ -22,7 +22,11 @@ def connect(channel: Any) -> None:
     if hasattr(channel, "conn_or_acquire"):
         with channel.conn_or_acquire() as client:
             pool = client.connection_pool
-            pool.release(pool.get_connection())
+            try:
+                connection = pool.get_connection()
+            except TypeError:  # redis-py before 5.3, with Celery 5.5, asks for a command
+                connection = pool.get_connection("_")
+            pool.release(connection)
 
 
 def lighten(channel: Any) -> None:

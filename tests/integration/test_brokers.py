@@ -7,10 +7,12 @@ import socket
 import socketserver
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import pytest
+import redis
 import transaction
 from celery import chord, group
 from kombu import Producer
@@ -18,6 +20,7 @@ from tests.waiting import SOON, wait_for
 
 from ws_celery import task
 from ws_celery.embedded import EmbeddedBroker
+from ws_celery.redis_channel import connect
 
 #: Seconds that a busy machine may add to a time limit.
 MARGIN = 3
@@ -50,6 +53,24 @@ def published(caplog):
 
 def arguments(app):
     return [message.args[0] for message in app.sent()]
+
+
+class PoolAsOfCelery55(redis.ConnectionPool):
+    """Asks for the name of a command, as in redis-py before 5.3."""
+
+    def get_connection(self, command_name, *_keys, **_options):
+        assert command_name
+        return super().get_connection()
+
+
+def test_a_channel_connects_with_the_redis_py_that_celery_5_5_wants(redis_url):
+    pool = PoolAsOfCelery55.from_url(redis_url, max_connections=1)
+    channel = Mock(conn_or_acquire=lambda: nullcontext(redis.Redis(connection_pool=pool)))
+    connect(channel)
+    connection = pool.get_connection("PING")  # the only one has been given back
+
+    assert connection.is_connected
+    pool.disconnect()
 
 
 def test_a_task_is_sent_when_the_transaction_commits(make_app, broker_url):

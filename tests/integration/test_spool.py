@@ -248,6 +248,20 @@ def test_the_oldest_are_lost_if_they_are_too_large(
     assert [message.id for message in app.sent()] == ids[1:]
 
 
+def test_a_commit_of_more_than_there_is_room_for_compares_none_of_its_messages(
+    make, told, monkeypatch
+):
+    # Each with each would take minutes for a transaction of 100,000.
+    compared = []
+    seen = lambda one, other: compared.append(one) or one is other  # noqa: E731
+    monkeypatch.setattr(Publication, "__eq__", seen, raising=False)
+    ids = commit(make(ws_celery__publish_spool="20"), *range(50))
+
+    assert told.ids(PublishFailed, ambiguous=False) == ids[:30]
+    assert told.ids(TasksSpooled) == ids[30:]
+    assert compared == []
+
+
 def test_without_a_spool_all_that_is_not_sent_is_lost(make, told):
     app = make(ws_celery__publish_spool="0")
     ids = commit(app, 1)
