@@ -106,7 +106,7 @@ MUTANTS = (
     Mutant("outbox/settlement.py", " or isinstance(exception, WorkerLostError)", "", f"{OUTBOX} killed"),
     Mutant("outbox/settlement.py", "self._outbox.delete_expired(row_id)", "self._outbox.delete(row_id)", LATE),
     Mutant("outbox/message.py", 'options["headers"]["expires"] = None', "pass", LATE),
-    Mutant("outbox/message.py", "if not same:", "if False:", f"{RELAY} broken"),
+    Mutant("outbox/message.py", "if not same:", "if False:", f"{RELAY} of_another_task"),
     Mutant("outbox/message.py", '"declare", "exchange", "expiration"', '"declare", "exchange"', LATE),
     Mutant("outbox/message.py", "publication.anonymous = anonymous", "pass", f"{RELAY} other"),
     Mutant("outbox/journal.py", "        self._hooked = False\n        self.write()", "        self.write()", f"{OUTBOX} hook"),
@@ -158,7 +158,7 @@ MUTANTS = (
     Mutant("transactional.py", "manager and context.ws_celery_attempts and exc", "manager and exc", f"{RUNS} retry_for_a_conflict"),
     Mutant("transactional.py", "            self._send_retries(retries)\n            claim = None", "            claim = None", RETRIES),
     Mutant("transactional.py", "            claim = None  # its row is theirs\n", "", RETRIES),
-    Mutant("transactional.py", "if replacement or (claim is not None and follow_up is not None)", "if replacement", f"{CLAIMS} doomed"),
+    Mutant("transactional.py", "if replacement or (claim is not None and follow_up is not None)", "if replacement", f"{CHAINS} next_of_a_chain"),
     Mutant("transactional.py", "        if _is_ended(manager):\n            self._begin(request, claim)\n", "", RUNS),
     Mutant("transactional.py", "and not isinstance(error, _WITHOUT_EFFECT)", "", f"{CLAIMS} two_runs or duplicate"),
     Mutant("tasks.py", "headers.pop(ROW_HEADER, None)", "pass", RETRIES),
@@ -222,7 +222,7 @@ def failure_of(done: subprocess.CompletedProcess[str]) -> str:
     ran = done.returncode == _FAILED or (not done.returncode and " passed" in done.stdout)
     if not ran:  # nothing was selected, or all was skipped
         sys.exit(f"pytest could not run the tests.\n{done.stdout}{done.stderr}")
-    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return found[1] if found else ""
 
 
