@@ -2,10 +2,11 @@
 PYTHON ?= python3
 PORT ?= 6543
 CHAOS ?=
+MUTANTS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo dev test chaos lint types docs bench house ci clean
+.PHONY: help demo dev test chaos lint types docs bench house mutants ci clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ bench: $(VENV)/bench ## Measure side by side with plain Celery; write docs/bench
 
 house: $(VENV)/dev ## Count modules, lines and how far a reader has to walk
 	$(BIN)/python tools/house.py
+
+mutants: $(VENV)/dev ## Change the code, a line at a time, and see whether its tests notice (MUTANTS=names)
+	$(BIN)/python tools/mutants.py $(MUTANTS)
 
 ci: lint types docs test ## Everything that CI runs
 

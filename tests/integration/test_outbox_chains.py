@@ -28,6 +28,12 @@ def prepare(request, number):
     return number
 
 
+@task(name="prepare_in_vain")
+def prepare_in_vain(request, number):
+    request.tm.doom()
+    return number
+
+
 @task(name="note")
 def note(request, number):
     """Write a row as often as it is run."""
@@ -52,7 +58,7 @@ def trying_again(self, request):
             self.retry(countdown=0)
 
 
-TASKS = (prepare, note, handing_over, trying_again, write, follow)
+TASKS = (prepare, prepare_in_vain, note, handing_over, trying_again, write, follow)
 
 
 @pytest.fixture
@@ -93,8 +99,9 @@ def send_again(app):
 # What follows
 
 
-def test_the_next_of_a_chain_has_a_row(app):
-    message = call(app, chain(prepare.s(1), follow.s(2)))
+@pytest.mark.parametrize("first", [prepare, prepare_in_vain], ids=["begun by none", "doomed"])
+def test_the_next_of_a_chain_has_a_row(app, first):
+    message = call(app, chain(first.s(1), follow.s(2)))
 
     perform(app, message)
 

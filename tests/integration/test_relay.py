@@ -182,6 +182,16 @@ def test_a_broken_row_is_a_dead_letter_and_the_others_go_on(app, options):
     assert "cannot be published" in rows(app)[0].error
 
 
+def test_a_row_whose_message_is_of_another_task_is_a_dead_letter(app):
+    dispatch_unsent(app, 1)
+    change(app, task_id="another")
+    expected = dispatch_unsent(app, 2)
+    app.relay.turn()
+
+    assert ids(app.sent()) == expected
+    assert "its headers are of another task" in rows(app)[0].error
+
+
 def test_a_row_that_cannot_be_read_is_a_dead_letter_and_the_others_go_on(app, database):
     dispatch_unsent(app, 1)
     infinite = {"postgresql": "infinity", "sqlite": "never"}[database.engine.dialect.name]

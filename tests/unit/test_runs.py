@@ -557,6 +557,25 @@ def test_a_retry_is_sent_for_the_time_that_it_asks_for(make_app, as_worker, opti
     assert abs(datetime.fromisoformat(message.headers["eta"]) - in_an_hour) < timedelta(minutes=10)
 
 
+def test_a_retry_for_a_conflict_is_sent_for_its_time_after_the_last_try_in_place(
+    make_app, as_worker
+):
+    tries = []
+
+    @task(name="task", bind=True)
+    def try_again(self, request):
+        tries.append(self.request.ws_celery_attempts)
+        self.retry(exc=TransientError(), countdown=3600)
+
+    app = make_app(try_again)
+    as_worker(app.celery.tasks["task"])
+
+    (message,) = app.sent()
+    in_an_hour = datetime.now(timezone.utc) + timedelta(hours=1)
+    assert tries == [2, 1, 0]
+    assert abs(datetime.fromisoformat(message.headers["eta"]) - in_an_hour) < timedelta(minutes=10)
+
+
 def test_an_automatic_retry_waits_longer_each_time(make_app, as_worker):
     @task(name="task", autoretry_for=(LookupError,), retry_backoff=10, retry_jitter=False)
     def fail(request):

@@ -1,0 +1,253 @@
+"""Mutants: one change of the code each, which has to be seen by a test; ``make mutants`` runs them.
+
+Each is made in a copy of ``src``, never in the work tree, and only the tests that it names are run.
+``NAME ...`` runs only those whose file has one of these names in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = Path("ws_celery")
+
+_PYTEST = (
+    "-m",
+    "pytest",
+    "-x",
+    "-q",
+    "-p",
+    "no:randomly",
+    "-p",
+    "no:cacheprovider",
+    "--timeout=20",
+)
+
+#: Seconds that the tests of one mutant may take.
+_PATIENCE = 60
+
+#: What is said of a mutant that makes them take longer.
+HANGS = "its tests do not end"
+
+#: What pytest returns when a test has failed.
+_FAILED = 1
+
+
+class Mutant(NamedTuple):
+    """A change, and who is to see it.
+
+    :param file: below the package.
+    :param old: what occurs there once.
+    :param new: what takes its place.
+    :param tests: a file below ``tests``, and after a blank what pytest's ``-k`` selects of it.
+    :param reason: why nothing is to be seen.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    reason: str = ""
+
+
+# fmt: off
+CLAIMS, RETRIES = "integration/test_outbox_claims.py", "integration/test_outbox_retries.py"
+OUTBOX, CHAINS = "integration/test_outbox.py", "integration/test_outbox_chains.py"
+LATE, OTHERS = "integration/test_outbox_late.py", "integration/test_outbox_of_others.py"
+OWN, RELAY = "integration/test_own_commits.py", "integration/test_relay.py"
+SESSIONS, SPOOL = "integration/test_outbox_sessions.py", "integration/test_spool.py"
+BEAT, SAVEPOINTS = "integration/test_beat.py", "integration/test_savepoints.py"
+RUNS, DISPATCH = "unit/test_runs.py", "unit/test_dispatch.py"
+FLUSH = "unit/test_publishing.py"
+
+MUTANTS = (
+    # The outbox: a run
+    Mutant("outbox/claim.py", "self._outbox.begun(self._row_id)", "pass", f"{LATE} not_undone"),
+    Mutant("outbox/claim.py", "if not self._tell(self._outbox.rows.is_there, txn)", "if False", f"{CLAIMS} dead_letter_that_comes_late or duplicate"),
+    Mutant("outbox/claim.py", "if self._txn is not txn", "if self._txn is None", f"{OWN} abort or once"),
+    Mutant("outbox/claim.py", "        self.end(txn)\n", "", f"{OWN} once or dies or ends"),
+    Mutant("outbox/claim.py", ' or txn.status != "Committed"', "", OWN),
+    Mutant("outbox/claim.py", "context.ws_celery_attempts = 0", "pass", f"{OWN} conflict"),
+    Mutant("outbox/claim.py", "rows.delete_one if self.has_committed else rows.claim", "rows.claim", f"{OWN} outlives"),
+    Mutant("outbox/claim.py", "self._row_id, self._txn = self._rest, None", "self._row_id = self._rest", OWN),
+    Mutant("outbox/run.py", "context.callbacks = context.chain = None", "pass", CHAINS),
+    Mutant("outbox/run.py", "(result,), chain=rest, **options", "(result,), **options", f"{OUTBOX} chain"),
+    Mutant("outbox/run.py", "and error.statement is None", "and False", f"{OUTBOX} database"),
+    Mutant("outbox/run.py", "return isinstance(error, DBAPIError) and error.connection_invalidated", "return False", f"{OUTBOX} database"),
+    Mutant("outbox/unclaimed.py", "rows.forget_expiry(connection, self._row_id)", "pass", f"{CHAINS} expire"),
+    Mutant("outbox/unclaimed.py", "        self.close()\n", "", CHAINS),
+    Mutant("outbox/unclaimed.py", "if not settled and not rows.delete", "if not rows.delete", f"{CHAINS} retry"),
+    Mutant("outbox/unclaimed.py", "self._outbox.keep(connection, publications)", "pass", CHAINS),
+    # The outbox: its rows
+    Mutant("outbox/store.py", "if publication.task_id is None:\n            return False", "pass", f"{OUTBOX} event"),
+    Mutant("outbox/store.py", "wait - self.lease / 10 if far", "wait if far", f"{OUTBOX} far_eta"),
+    Mutant("outbox/store.py", "if not publication.waits]", "]", f"{OUTBOX} far_eta"),
+    Mutant("outbox/store.py", "if each.anonymous)", "if self.is_foreign(each))", f"{RELAY} knows_other"),
+    Mutant("outbox/store.py", "row_id = None if settled else self", "row_id = self", RETRIES),
+    Mutant("outbox/store.py", "first.row_id = uuid4()", "first.row_id = row_id", f"{RETRIES} before_the_retry"),
+    Mutant("outbox/store.py", "or run.request.id != task_id", "", RETRIES),
+    Mutant("outbox/rows.py", "columns.due_at.is_not(None)))\n        statement", "True))\n        statement", f"{OUTBOX} given_up_late"),
+    Mutant("outbox/rows.py", ".values(due_at=self._later, deliveries=0, died_at", ".values(due_at=self._later, died_at", f"{OUTBOX} retry"),
+    Mutant("outbox/rows.py", "columns.deliveries + 1 >= most", "columns.deliveries + 1 > most", f"{OUTBOX} loss"),
+    Mutant("outbox/rows.py", "lease=case((longest, LONGEST_LEASE), else_=columns.lease * 2)", "lease=columns.lease * 2", f"{RELAY} counted or often"),
+    Mutant("outbox/rows.py", "columns.deliveries > 0, alive)", "columns.deliveries > 0)", f"{RELAY} failed_meanwhile"),
+    Mutant("outbox/rows.py", '"lease": columns.lease / 2}', '"lease": columns.lease}', f"{RELAY} counted or doubled or delivery"),
+    Mutant("outbox/rows.py", ".offset(length - 1)", ".offset(length)", f"{RELAY} queue or backlog or waits"),
+    Mutant("outbox/rows.py", "rows = connection.execute(self._take(self._due(limit)", "rows = connection.execute(self._take(self._due(limit - 1)", f"{RELAY} sent_once"),
+    Mutant("outbox/settlement.py", "(states.SUCCESS, states.IGNORED)", "(states.SUCCESS,)", OUTBOX),
+    Mutant("outbox/settlement.py", " or isinstance(exception, WorkerLostError)", "", f"{OUTBOX} killed"),
+    Mutant("outbox/settlement.py", "self._outbox.delete_expired(row_id)", "self._outbox.delete(row_id)", LATE),
+    Mutant("outbox/message.py", 'options["headers"]["expires"] = None', "pass", LATE),
+    Mutant("outbox/message.py", "if not same:", "if False:", f"{RELAY} of_another_task"),
+    Mutant("outbox/message.py", '"declare", "exchange", "expiration"', '"declare", "exchange"', LATE),
+    Mutant("outbox/message.py", "publication.anonymous = anonymous", "pass", f"{RELAY} other"),
+    Mutant("outbox/journal.py", "        self._hooked = False\n        self.write()", "        self.write()", f"{OUTBOX} hook"),
+    Mutant("outbox/journal.py", "if any(each.tx.is_active for each in mine)", "if True", SESSIONS),
+    Mutant("outbox/journal.py", "            and publication.row_id not in self._written\n", "", f"{OUTBOX} hook or listener"),
+    Mutant("outbox/journal.py", "and publication not in self._late", "", SESSIONS),
+    Mutant("outbox/deliveries.py", "row.deliveries >= most", "row.deliveries > most", f"{RELAY} too_often"),
+    Mutant("outbox/deliveries.py", "elif row.error is not None:", "elif False:", f"{OWN} dies or outlives"),
+    Mutant("outbox/deliveries.py", "        except BrokerUnavailable:\n            self.give_back(ids)\n", "        except BrokerUnavailable:\n", f"{RELAY} broker"),
+    Mutant("outbox/deliveries.py", "self._rows.put_off(connection, early)", "pass", f"{RELAY} eta"),
+    Mutant("outbox/deliveries.py", "if row.queue and _was_sent(row)", "if row.queue", f"{RELAY} queue or backlog or waits"),
+    # The relay
+    Mutant("relay.py", "            self.canary.declare_all()\n", "            self.canary.declare_all()\n            self.canary.lay()\n", f"{RELAY} loss"),
+    Mutant("relay.py", "return batch.taken == self.batch", "return False", f"{RELAY} once or backlog"),
+    Mutant("relay.py", "due is None or due <= 0", "due is None", f"{RELAY} locked or runs or not_due"),
+    Mutant("relay.py", "publications[number:])", "publications[number + 1 :])", f"{RELAY} broker"),
+    Mutant("relay.py", "        self._outbox.published(publications)\n", "", f"{RELAY} another_program"),
+    Mutant("canary.py", "if not self.lives():", "if False:", f"{RELAY} loss or takes_nothing"),
+    Mutant("canary.py", "> _ENOUGH:", ">= 1:", f"{RELAY} loss or canaries"),
+    # Transactions
+    Mutant("datamanager.py", "        txn.set_data(self._app, None)\n", "", DISPATCH),
+    Mutant("datamanager.py", "if committed and publications", "if publications", DISPATCH),
+    Mutant("datamanager.py", "        self._kept = list(publications)", "        self._kept = publications", DISPATCH),
+    Mutant("datamanager.py", "        if self.journal is not None:\n            self.journal.write()\n", "        pass\n", SESSIONS),
+    Mutant("transactions.py", ' and txn.status != "Commit failed"', "", DISPATCH),
+    Mutant("transactions.py", "            if not begun:\n                watcher.forget_begun()\n", "", DISPATCH),
+    Mutant("transactions.py", "        self._begun = None\n        if not self.is_active()", "        if not self.is_active()", DISPATCH),
+    Mutant("transactions.py", "is not received():", "is None:", DISPATCH),
+    Mutant("transactions.py", "and last.request is request and", "and", "integration/test_outbox_sessions.py"),
+    Mutant("transactions.py", " and last.session_transactions == opened", "", f"{SAVEPOINTS} savepoint"),
+    Mutant("transactions.py", "or any(txn.getAfterAbortHooks())", "", DISPATCH),
+    Mutant("sessions.py", "session.registry() if session.registry.has() else None", "session.registry()", f"{SAVEPOINTS} scoped"),
+    Mutant("sessions.py", "session_transaction = session_transaction.parent", "return", f"{SAVEPOINTS} outer"),
+    Mutant("dispatch.py", "and not self.anonymous:", ":", f"{CLAIMS} tell_its_row"),
+    # After the commit
+    Mutant("publishing.py", "        self._down_until = monotonic() + self.timeout\n\n", "\n", FLUSH),
+    Mutant("publishing.py", "        if len(self.spool):\n", "        if False:\n", f"{SPOOL} order"),
+    Mutant("publishing.py", "            self._spool(publications[attempt.begun :]", "            self._spool(publications[attempt.sent :]", f"{SPOOL} refused or frozen or still"),
+    Mutant("publishing.py", "doubtful if not each.row_id]", "doubtful]", OUTBOX),
+    Mutant("publishing.py", "if start and monotonic() > deadline", "if monotonic() > deadline", f"{FLUSH} too_slow"),
+    Mutant("publishing.py", ' or attempt.begun == 1:', ":", f"{SPOOL} takes_stops or refused"),
+    Mutant("publishing.py", " or isinstance(attempt.error, PartlyRefused)", "", f"{SPOOL} refused"),
+    Mutant("spool.py", "self._waiting.extendleft(reversed(left))", "self._waiting.extendleft(left)", f"{SPOOL} order or demoted or takes"),
+    Mutant("spool.py", " - sum(map(_bytes_of, batch))", "", f"{SPOOL} large or demoted"),
+    Mutant("spool.py", "if passes and attempt.refused and", "if attempt.refused and", f"{SPOOL} refuses or takes"),
+    Mutant("spool.py", "or self._bytes > LARGEST", "", f"{SPOOL} too_large"),
+    # Tasks
+    Mutant("transactional.py", "conflict = cut_off = False", "pass", f"{OWN} conflict"),
+    Mutant("transactional.py", "manager and context.ws_celery_attempts and exc", "manager and exc", f"{RUNS} retry_for_a_conflict"),
+    Mutant("transactional.py", "            self._send_retries(retries)\n            claim = None", "            claim = None", RETRIES),
+    Mutant("transactional.py", "            claim = None  # its row is theirs\n", "", RETRIES),
+    Mutant("transactional.py", "if replacement or (claim is not None and follow_up is not None)", "if replacement", f"{CHAINS} next_of_a_chain"),
+    Mutant("transactional.py", "        if _is_ended(manager):\n            self._begin(request, claim)\n", "", RUNS),
+    Mutant("transactional.py", "and not isinstance(error, _WITHOUT_EFFECT)", "", f"{CLAIMS} two_runs or duplicate"),
+    Mutant("tasks.py", "headers.pop(ROW_HEADER, None)", "pass", RETRIES),
+    Mutant("tasks.py", "            transaction.abort()\n", "            pass\n", f"{RUNS} left"),
+    # Beat
+    Mutant("beat/claims.py", "if name in entries}", "}", f"{BEAT} case"),
+    Mutant("beat/claims.py", "self._outbox.keep(connection, publications)", "pass", f"{BEAT} three_beats or written_together"),
+    Mutant("beat/claims.py", "or claim.known.last_run_at or now", "or now", f"{BEAT} result"),
+    Mutant("beat/claims.py", "claim.known.sent_at or claim.known.last_run_at", "claim.known.last_run_at", f"{BEAT} result"),
+    Mutant("beat/claims.py", "        self._broker_failed = True\n        self._app", "        self._app", f"{BEAT} broker"),
+    Mutant("beat/claims.py", "and tick is None:\n        tick = now", ":\n        tick = now", f"{BEAT} wants or wanted"),
+    Mutant("beat/claims.py", " and not claim.waits\n", "\n", f"{BEAT} wanted"),
+    Mutant("beat/claims.py", "or known.seen_at is None", "", f"{BEAT} notes"),
+    Mutant("beat/claims.py", "claim.known.run_requested_at if claim.waits else None", "None", f"{BEAT} wanted"),
+    Mutant("outbox/claim.py", 'late or outbox.engine', 'outbox.engine', f"{LATE} by_the_relay and postgres"),
+)
+# fmt: on
+
+
+def killer_of(mutant: Mutant, source: Path) -> str:
+    """Return the test that fails with a mutant, or ``""``; ``source`` is the copy to change."""
+    path = source / SOURCE / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        sys.exit(f"{mutant.file} does not have this once: {mutant.old!r}. Write it anew.")
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        return failure_of(pytest(source, *_selected(mutant.tests)))
+    except subprocess.TimeoutExpired:
+        return HANGS
+    finally:
+        path.write_text(text)
+
+
+def _selected(tests: str) -> Iterator[str]:
+    pattern, _, names = tests.partition(" ")
+    yield from sorted(map(str, (ROOT / "tests").glob(pattern)))
+    if names:
+        yield from ("-k", names)
+
+
+def pytest(
+    source: Path, *options: str, patience: float | None = _PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """Run tests with another source."""
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *_PYTEST, *options]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=patience,
+    )
+
+
+def failure_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the test that has failed, or ``""`` if none has."""
+    ran = done.returncode == _FAILED or (not done.returncode and " passed" in done.stdout)
+    if not ran:  # nothing was selected, or all was skipped
+        sys.exit(f"pytest could not run the tests.\n{done.stdout}{done.stderr}")
+    found = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", done.stdout, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def main() -> None:
+    """Print what has become of each mutant; fail if one has survived without a reason."""
+    chosen = [
+        each for each in MUTANTS if not sys.argv[1:] or any(a in each.file for a in sys.argv[1:])
+    ]
+    killers, survivors = set(), []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(shutil.copytree(ROOT / "src", Path(folder) / "src"))
+        for mutant in chosen:
+            if killer := killer_of(mutant, source):
+                killers.add(killer)
+            elif not mutant.reason:
+                survivors.append(mutant)
+            said = killer or (f"expected: {mutant.reason}" if mutant.reason else "SURVIVED")
+            print(f"{mutant.file}: {mutant.old!r:.60} -> {mutant.new!r:.40}: {said}", flush=True)
+        # Who kills has to be well without a mutant.
+        wanted = sorted(killers - {HANGS})
+        if unwell := wanted and failure_of(pytest(source, *wanted, patience=None)):
+            sys.exit(f"{unwell} fails without a mutant, too.")
+    print(f"{len(chosen)} mutants, {len(survivors)} have survived without a reason")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
