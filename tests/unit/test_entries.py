@@ -179,7 +179,7 @@ def test_code_may_give_whatever_option_a_call_takes():
         ({"priority": "high"}, "has priority: expected"),
         (
             {"task_id": "1"},
-            "has task_id, which cannot be set: each call and each tick has an id of its own; leave it",
+            "has task_id, which cannot be set: each call and each tick has an id of its own",
         ),
         ({"producer": object()}, "has the unknown key producer"),
     ],
