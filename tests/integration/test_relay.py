@@ -17,6 +17,7 @@ from tests.waiting import SOON, wait_for
 
 from ws_celery import task
 from ws_celery.embedded import EmbeddedBroker
+from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.inspection import outbox_rows
 from ws_celery.outbox.deliveries import Deliveries
 from ws_celery.relay import Relay
@@ -467,6 +468,16 @@ def test_a_loss_is_seen_again_by_whoever_could_not_make_the_rows_due(make, start
     relay.turn()
 
     assert ids(app.sent()) == expected
+
+
+def test_a_loss_that_is_met_while_sending_is_left_to_be_seen(app, redis_url):
+    canary = app.relay.canary
+    with Connection(redis_url) as connection:
+        connection.default_channel.queue_delete(canary.name)
+
+    with pytest.raises(BrokerUnavailable, match="has lost its data"):
+        canary.replace()
+    assert not canary.lives()
 
 
 def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(
