@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.utils.dispatch import Signal
 from pyramid.registry import Registry
 from zope.interface import implementedBy, implementer
 
@@ -34,6 +35,7 @@ __all__ = (
     "TasksSpooled",
     "WorkerProcessInit",
     "has_subscriber",
+    "listen",
     "tell",
 )
 
@@ -237,6 +239,16 @@ def has_subscriber(registry: Registry, event: type) -> bool:
     return bool(
         registry.has_listeners and registry.adapters.subscriptions((implementedBy(event),), None)
     )
+
+
+def listen(signal: Signal, method: Callable[..., Any]) -> None:
+    """Connect a method to a signal of Celery's, for as long as its object lives.
+
+    To Celery 5.5 the methods of two objects of one class are the same, and it keeps the first: of
+    two applications in a process only one would be told.
+    """
+    name, owner = method.__name__, method.__self__  # type: ignore[attr-defined]
+    signal.connect(method, dispatch_uid=f"{type(owner).__qualname__}.{name}:{id(owner)}")
 
 
 def tell(event: _Event) -> None:

@@ -17,7 +17,7 @@ from celery.events.dispatcher import EventDispatcher as CeleryEventDispatcher
 from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
 
-from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, tell
+from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, listen, tell
 from ws_celery.exceptions import ConfigurationError, Duplicate, ForeignMessage, Skipped
 from ws_celery.logs import filter_handlers
 from ws_celery.masking import masked_text
@@ -47,11 +47,11 @@ class PyramidFixup:
         self.app = app
         self._pid = os.getpid()
         self._connections = PooledConnections()
-        signals.worker_init.connect(self.on_worker_init)
-        signals.worker_process_init.connect(self.on_process_init)
-        signals.worker_process_shutdown.connect(self.on_process_shutdown)
-        signals.worker_ready.connect(self.on_worker_ready)
-        signals.beat_init.connect(self.on_beat_init)
+        listen(signals.worker_init, self.on_worker_init)
+        listen(signals.worker_process_init, self.on_process_init)
+        listen(signals.worker_process_shutdown, self.on_process_shutdown)
+        listen(signals.worker_ready, self.on_worker_ready)
+        listen(signals.beat_init, self.on_beat_init)
         for signal in (signals.after_setup_logger, signals.after_setup_task_logger):
             signal.connect(filter_handlers)
 
@@ -107,7 +107,7 @@ class PyramidLoader(AppLoader):
         super().on_task_init(task_id, task)
         if has_subscriber(self.app.registry, TaskFinished):
             task.request.ws_celery_begun = monotonic()
-            signals.task_postrun.connect(self.on_task_postrun)  # once, however often it is said
+            listen(signals.task_postrun, self.on_task_postrun)  # once, however often it is said
 
     def on_task_postrun(self, task: Any = None, **run: Any) -> None:
         """Tell the application that a run is over."""

@@ -22,6 +22,7 @@ from pyramid.config import PHASE3_CONFIG
 from ws_celery.applications import get_celery_app
 from ws_celery.canary import Canary
 from ws_celery.dispatch import Publication
+from ws_celery.events import listen
 from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.masking import logger_of
 from ws_celery.outages import BACKOFF, Service
@@ -80,7 +81,7 @@ class Relay:
         self._broker = Service("The relay", "broker")
         self._database = Service("The relay", "database")
         self._health = Service("The relay", "health file")
-        signals.beat_init.connect(self.on_beat_init)
+        listen(signals.beat_init, self.on_beat_init)
 
     def on_beat_init(self, sender: Any = None, **_: Any) -> None:
         """Start with beat, and end with the thread that it runs in."""

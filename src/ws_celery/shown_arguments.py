@@ -149,9 +149,8 @@ def _described(app: Any, real: Any, shown: Any, told: str | None) -> str:
 
 
 def _repr(app: Any, value: Any) -> str:
-    text: str = saferepr(
-        value, maxlen=app.amqp.argsrepr_maxsize, maxlevels=app.conf.task_repr_maxlevels
-    )
+    maxlevels = app.conf.get("task_repr_maxlevels", 3)  # Celery 5.5 has no such option
+    text: str = saferepr(value, maxlen=app.amqp.argsrepr_maxsize, maxlevels=maxlevels)
     return text
 
 

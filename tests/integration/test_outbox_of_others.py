@@ -229,3 +229,24 @@ def test_databases_of_mariadb_are_different_places(mariadb):
     assert place(url) == place(url.set(host="localhost"))
     assert place(url) != place(url.set(database="test"))
     assert place(url) != place(url, "another")
+
+
+@task(name="fails")
+def fails(request):
+    raise LookupError("no such thing")
+
+
+def test_of_two_applications_in_a_process_each_has_its_dead_letters(
+    make_outbox, postgres, sqlite, rows_of
+):
+    # To Celery 5.5 what listens for the second application was what listened for the first.
+    for app in [make_outbox(database, fails) for database in (postgres, sqlite)]:
+        dispatch(app, fails)
+        (row,) = rows_of(app)
+        publication = app.celery.outbox.publication_of(row)
+        publication.options["headers"].update(app.sent()[0].headers)
+        with pytest.raises(LookupError):
+            run_as_worker(app.celery, publication, {})
+
+        (row,) = rows_of(app)
+        assert "LookupError: no such thing" in row.error

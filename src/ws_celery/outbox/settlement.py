@@ -10,6 +10,7 @@ from uuid import UUID
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals, states
 
+from ws_celery.events import listen
 from ws_celery.masking import logger_of
 from ws_celery.outbox.message import row_id_in
 
@@ -33,12 +34,12 @@ class Settlement:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        signals.task_postrun.connect(self.on_postrun)
-        signals.task_failure.connect(self.on_failure)
-        signals.task_revoked.connect(self.on_revoked)
-        signals.task_unknown.connect(self.on_unknown)
-        signals.task_rejected.connect(self.on_rejected)
-        signals.worker_ready.connect(self.on_worker_ready)
+        listen(signals.task_postrun, self.on_postrun)
+        listen(signals.task_failure, self.on_failure)
+        listen(signals.task_revoked, self.on_revoked)
+        listen(signals.task_unknown, self.on_unknown)
+        listen(signals.task_rejected, self.on_rejected)
+        listen(signals.worker_ready, self.on_worker_ready)
         self._timer: Any = None
 
     def on_worker_ready(self, sender: Any = None, **_: Any) -> None:
