@@ -27,6 +27,13 @@ result_backend_transport_options = {"polling_interval": 0.1}
 """
 
 
+@pytest.fixture(autouse=True)
+def _errors_end_with_their_test(caplog):
+    # What is logged of one holds its frames, and so the application and its connections.
+    yield
+    caplog.get_records("call").clear()
+
+
 @pytest.fixture
 def told():
     """What the callbacks were called with."""
