@@ -120,7 +120,7 @@ MUTANTS = (
     Mutant("outbox/deliveries.py", "if row.queue and _was_sent(row)", "if row.queue", f"{RELAY} queue or backlog or waits"),
     # The relay
     Mutant("relay.py", "            self.canary.declare_all()\n", "            self.canary.declare_all()\n            self.canary.lay()\n", f"{RELAY} loss"),
-    Mutant("relay.py", "return batch.taken == self.batch", "return False", f"{RELAY} once or backlog"),
+    Mutant("relay.py", "return batch.taken == self.batch", "return False", f"{RELAY} two_relays"),
     Mutant("relay.py", "due is None or due <= 0", "due is None", f"{RELAY} locked or runs or not_due"),
     Mutant("relay.py", "publications[number:])", "publications[number + 1 :])", f"{RELAY} broker"),
     Mutant("relay.py", "        self._outbox.published(publications)\n", "", f"{RELAY} another_program"),

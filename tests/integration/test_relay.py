@@ -473,7 +473,7 @@ def test_a_loss_is_seen_again_by_whoever_could_not_make_the_rows_due(make, start
 def test_a_loss_that_is_met_while_sending_is_left_to_be_seen(app, redis_url):
     canary = app.relay.canary
     with Connection(redis_url) as connection:
-        connection.default_channel.queue_delete(canary.name)
+        connection.default_channel.client.delete(canary.name)
 
     with pytest.raises(BrokerUnavailable, match="has lost its data"):
         canary.replace()
