@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def test_exit_codes_tell_what_is_wrong(site, tmp_path, redis_url):
     def ws_celery(*arguments, **options):
         return subprocess.run(
             [sys.executable, "-m", "ws_celery", "locks", *arguments, "--ini", site("", **options)],
-            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,
             text=True,
             timeout=60,

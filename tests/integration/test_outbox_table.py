@@ -10,7 +10,6 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from pyramid.exceptions import ConfigurationExecutionError
 from sqlalchemy import MetaData, inspect, text
 from tests.waiting import SOON, wait_for
 
@@ -300,10 +299,10 @@ def test_messages_without_headers_are_refused_with_an_outbox_at_the_start(make_c
     protocol = "task_protocol = 1"
     config = make_config(celery=protocol, ws_celery__outbox="true")
     sqlite.includeme(config)
-    with pytest.raises(ConfigurationExecutionError) as error:
+    with pytest.raises(ConfigurationError) as error:
         config.make_wsgi_app()
 
-    (fault,) = error.value.evalue.faults
+    (fault,) = error.value.faults
     assert (fault.section, fault.key, fault.line) == ("celery", "task_protocol", 4)
     assert "Leave task_protocol out, or switch ws_celery.outbox off." in str(fault)
     assert make_config(celery=protocol).make_wsgi_app()

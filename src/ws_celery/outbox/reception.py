@@ -7,8 +7,8 @@ from typing import Any
 
 from billiard.exceptions import WorkerLostError
 from celery.worker.consumer import Consumer
-from celery.worker.request import Request
 
+from ws_celery.consumer import Request
 from ws_celery.outbox.message import row_id_in
 
 __all__ = ("Reader", "Reception")

@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
-from celery import Task
 from sqlalchemy import Connection
 
+from ws_celery.consumer import Request
 from ws_celery.dispatch import (
     OUTBOX_HEADER,
     ROW_HEADER,
@@ -91,7 +91,7 @@ class Outbox(Database):
         for option in ("acks_late", "reject_on_worker_lost"):
             if getattr(task, option) is None and f"task_{option}" not in configured:
                 setattr(task, option, True)
-        if task.Request == Task.Request:
+        if task.Request == f"{Request.__module__}:{Request.__name__}":  # not one of its own
             task.Request = f"{Reception.__module__}:{Reception.__name__}"
 
     # Dispatch
