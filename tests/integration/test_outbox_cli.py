@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -264,7 +265,7 @@ def ws_celery(tmp_path):
     def run(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "ws_celery", *arguments],
-            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,
             text=True,
             timeout=60,
