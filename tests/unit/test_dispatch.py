@@ -704,3 +704,17 @@ def test_what_watches_a_manager_is_a_synchronizer(app):
 def test_the_celery_app_provides_its_interface(app):
     assert isinstance(app.celery, PyramidCelery)
     assert verifyObject(ICeleryApp, app.celery)
+
+
+def test_a_transaction_made_in_passing_before_the_first_request_of_a_thread_is_nobodys(make_app):
+    app = make_app(add, include=())
+
+    def thread():
+        transaction.get()
+        app.celery.transactions.watch(transaction.manager, begun=False)
+        add.delay(1, 2)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(thread).result()
+
+    assert app.names() == ["add"]

@@ -16,6 +16,7 @@ from tests.waiting import SOON, wait_for
 from ws_celery import ConfigurationError, task
 from ws_celery.dispatch import Publication
 from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled
+from ws_celery.spool import Spool
 
 
 @task(name="add")
@@ -192,6 +193,21 @@ def test_arguments_that_the_settings_hide_are_not_logged(make_app, fail, caplog)
     assert len(set(masked)) == 2
     assert caplog.text.count("add[") == len(masked)
     assert "hunter" not in caplog.text
+
+
+def test_nothing_overtakes_what_is_spooled(app, events, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(Spool, "_run", lambda _: released.wait(SOON))
+    spool = app.celery.publisher.spool
+    spool.keep([Publication("{}", {"headers": {"task": "add", "id": "earlier"}})])
+    with transaction.manager:
+        later = add.delay(2)
+
+    assert app.sent() == []
+    assert [type(event) for event in events] == [TasksSpooled]
+    assert events[0].tasks == [("add", later.id)]
+    assert len(spool) == 2
+    released.set()
 
 
 # Interruptions
