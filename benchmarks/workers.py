@@ -154,7 +154,7 @@ def process(arguments: Sequence[str], **environment: str) -> Iterator[None]:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         )
         try:
             yield

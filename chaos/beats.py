@@ -122,8 +122,7 @@ class Beats:
         self._healthy = {name: folder / f"{name}.health" for name in ("beat1", "beat2", "beat3")}
         beats = {n: [*beat, "--health-file", str(file)] for n, file in self._healthy.items()}
         programs = {"worker": worker, **beats}
-        environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
-        self.fleet = Fleet(programs, folder, environment)
+        self.fleet = Fleet(programs, folder, {})
 
     def start(self) -> None:
         """Start everything, and wait until all entries tick."""

@@ -18,6 +18,9 @@ __all__ = ("Fleet",)
 
 _TICK = 0.05
 
+#: The applications are modules of the checkout, which is not installed with the library.
+_FINDING_US = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+
 
 class Fleet:
     """Processes that a supervisor keeps running; each writes a log of its own.
@@ -45,7 +48,7 @@ class Fleet:
                 owned([sys.executable, *self.programs[name]]),
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self._environment, "CHAOS_ROLE": role},
+                env={**os.environ, **_FINDING_US, **self._environment, "CHAOS_ROLE": role},
             )
         self._running[name] = process
         self.started += 1

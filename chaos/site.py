@@ -83,7 +83,6 @@ class Site:
         self.tally = Tally(database.engine, self.outbox)
         self._web = ["--rate", str(rate), "--seed", str(seed)]
         environment = {"CHAOS_POINTS": str(self.points), "CHAOS_INI": str(self.ini)}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[1])
         self.fleet = Fleet(self._programs(), folder, environment)
 
     def _write_ini(self) -> None:
