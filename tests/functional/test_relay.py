@@ -211,7 +211,7 @@ def test_what_an_emptied_broker_has_lost_takes_effect(start_broker, make_shop, t
     start_broker(broker)
     client = redis.Redis(unix_socket_path=str(broker.socket))
     shop = make_shop(broker.url(0), client)
-    shop.start("beat", "--loglevel", "info").says("is new")
+    shop.start("beat", "--loglevel", "info").says("The broker is watched")
     shop.dispatch(200)
     assert shop.waiting() == 200
     client.flushall()

@@ -214,7 +214,10 @@ def test_what_beat_would_set_aside_of_the_database_is_a_warning(faulty):
     assert finding.text.startswith("The entry gone is set aside: the task 'gone' is not registered")
 
 
-def test_entries_are_listed_as_people_write_them_though_they_are_not_complete(faulty, capsys):
+def test_entries_are_listed_as_people_write_them_though_they_are_not_complete(
+    faulty, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "500")  # nothing is cut
     code = """
         from ws_celery.zoned import ZonedCrontab
 
