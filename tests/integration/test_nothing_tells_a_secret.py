@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from tests.waiting import SOON, wait_for
 
 from ws_celery import inspection, task
-from ws_celery.cli import _group, main
+from ws_celery.cli import main, main_group
 from ws_celery.interfaces import ICeleryEvent
 from ws_celery.logs import TaskFilter, log_arguments_of_failures
 from ws_celery.masking import MASK, printable
@@ -158,7 +158,7 @@ def leaves(group, path=()):
 
 
 @pytest.fixture(params=["iban", "iban all"])
-def said(request, make_schedule, sqlite, sqlite_url, caplog, start_worker):
+def said(request, make_schedule, sqlite, sqlite_url, caplog, start_worker, monkeypatch):
     """Everything that an application with secrets says: its commands, records and events."""
     said = SimpleNamespace(commands={}, events=[], notified=[], records="")
     caplog.set_level(logging.DEBUG)
@@ -182,7 +182,11 @@ def said(request, make_schedule, sqlite, sqlite_url, caplog, start_worker):
     )
     said.masks_all = "all" in request.param
     ids = fill(app, said, start_worker)
-    group = _group(app.celery)
+    # The commands are run on this application, which has no file of its own.
+    monkeypatch.setattr("ws_celery.cli.find_ini", lambda _: "application.ini")
+    monkeypatch.setattr("ws_celery.cli.load_celery_app", lambda _: app.celery)
+    monkeypatch.setenv("WS_CELERY_INI", "application.ini")
+    group = main_group()
     for name, command in leaves(group):
         for arguments in PRINTS.get(name, ()):
             for options in ([], ["--json"]) if has_json(command) else ([],):
@@ -250,7 +254,7 @@ def fill(app, said, start_worker):
 
 
 def test_every_command_is_walked_or_has_its_reason():
-    names = {name for name, _ in leaves(_group(None))}
+    names = {name for name, _ in leaves(main_group())}
 
     assert names == {*PRINTS, *SILENT}
     assert not {*PRINTS} & {*SILENT}
