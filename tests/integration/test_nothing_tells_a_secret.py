@@ -186,6 +186,7 @@ def said(request, make_schedule, sqlite, sqlite_url, caplog, start_worker, monke
     monkeypatch.setattr("ws_celery.cli.find_ini", lambda _: "application.ini")
     monkeypatch.setattr("ws_celery.cli.load_celery_app", lambda _: app.celery)
     monkeypatch.setenv("WS_CELERY_INI", "application.ini")
+    monkeypatch.setenv("COLUMNS", "1000")  # nothing is cut
     group = main_group()
     for name, command in leaves(group):
         for arguments in PRINTS.get(name, ()):
