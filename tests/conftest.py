@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import textwrap
 import uuid
@@ -38,6 +39,8 @@ from webtest import TestApp
 
 from ws_celery import get_celery_app
 from ws_celery.app import PyramidCelery
+from ws_celery.applications import INI_VARIABLE
+from ws_celery.settings import INI_VARIABLES
 
 #: Tests whose child processes are measured: together they run what only such processes run.
 MEASURED = {
@@ -213,7 +216,15 @@ def _loaders_are_looked_up_once() -> Iterator[None]:
 def _nothing_is_left_behind() -> Iterator[None]:
     registries = list(global_registries)
     depth = len(threadlocals.stack)
-    yield
+    filters = {handler: handler.filters[:] for handler in logging.getLogger().handlers}
+    with pytest.MonkeyPatch.context() as patch:  # commands tell their children by the environment
+        for variable in (INI_VARIABLE, INI_VARIABLES):
+            patch.delenv(variable, raising=False)
+        yield
+        for variable in (INI_VARIABLE, INI_VARIABLES):
+            patch.delenv(variable, raising=False)
+    for handler, before in filters.items():  # those of pytest, which commands take for the user's
+        handler.filters[:] = before
     transaction.abort()
     for registry in list(global_registries):
         if registry not in registries:

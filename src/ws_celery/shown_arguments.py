@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from celery.utils.saferepr import saferepr
@@ -71,6 +72,12 @@ def shown_text(app: Any, task: str | None, call: tuple[Any, Any] | None, text: s
 
 def _hidden_texts(real: Any, told: Any) -> Iterator[str]:
     """Yield the texts inside of ``real`` for which ``told`` has a mask."""
+    # A log is written though a value cannot be looked into.
+    with suppress(Exception):
+        yield from _texts_inside(real, told)
+
+
+def _texts_inside(real: Any, told: Any) -> Iterator[str]:
     if isinstance(real, Mapping):
         for key, value in real.items():
             yield from _hidden_texts(value, told[key] if isinstance(told, Mapping) else told)
@@ -161,7 +168,10 @@ def _travelled(text: str) -> str:
 def _shown(name: str, value: Any, hidden: set[str]) -> Any:
     if hidden & {"all", name.lower()}:
         return MASK
-    return masked(name if is_secret(name) else "", _without(value, hidden))
+    try:
+        return masked(name if is_secret(name) else "", _without(value, hidden))
+    except Exception:  # noqa: BLE001 - it cannot be looked into
+        return MASK
 
 
 def _without(value: Any, hidden: set[str]) -> Any:

@@ -26,7 +26,7 @@ from tests.waiting import SOON
 @pytest.fixture(scope="session", autouse=True)
 def _a_collection_looks_at_what_tests_make() -> None:
     # Modules are most of the objects, and each collection would take a tenth of a second for them.
-    gc.collect()
+    _collect_sockets()
     gc.freeze()
 
 

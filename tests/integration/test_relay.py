@@ -424,11 +424,11 @@ def test_a_broker_that_has_lost_its_data_gets_all_that_is_unfinished(make, empty
     assert ": 2 unfinished tasks" in said
 
 
-def test_a_broker_that_is_new_to_an_outbox_has_lost_nothing(make, caplog):
+def test_a_broker_that_is_new_to_an_outbox_has_lost_nothing(make, redis_url, caplog):
     caplog.set_level(logging.INFO, "ws_celery")
     app = make().celery
-    with app.connection_for_write() as connection:  # other tests have the same database
-        connection.default_channel.queue_delete(app.outbox.relay.canary.name)
+    with redis.Redis.from_url(redis_url) as client:  # other tests have the same database
+        client.delete(app.outbox.relay.canary.name)
     app.outbox.relay.turn()
 
     assert lines(caplog) == ["The broker is watched from now on; no task is unfinished"]

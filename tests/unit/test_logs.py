@@ -64,7 +64,7 @@ def trace():
 def pay(self, request, amount, password, iban=None, note=None):
     if note == "hidden":
         self.request.argsrepr = "('(hidden by the caller)',)"
-    raise LookupError("no such customer")
+    raise LookupError(note or "no such customer")
 
 
 @pytest.fixture
@@ -111,7 +111,19 @@ def test_a_failure_is_logged_though_an_argument_cannot_be_looked_into(failure):
         def items(self):
             raise LookupError("no such thing")
 
-    assert failure(1, "hunter2", Odd()) == "******** ********"
+    assert failure(1, "hunter2", Odd()) == "(1, '********', '********') {}"
+
+
+def test_an_error_tells_no_secret_though_another_argument_cannot_be_looked_into(failure, caplog):
+    class Odd(dict):
+        def items(self):
+            raise LookupError("no such thing")
+
+    caplog.handler.addFilter(TaskFilter())
+    failure(Odd(), "hunter2", note="cannot pay with hunter2")
+
+    assert "LookupError: cannot pay with ********" in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 def test_a_failure_tells_a_tuple_with_names(failure):
