@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from benchmarks.services import Services
 from benchmarks.workers import ini_file, process
-from ws_celery.beat.table import schedule_table
+from ws_celery.beat.store import schedule_table
 
 __all__ = ("beat",)
 
@@ -33,7 +33,7 @@ def beat(
         table.create(engine)
         try:
             _fill(engine, table, entries, period)
-            settings = ("ws_celery.beat = true", f"ws_celery.beat.table = {table.name}")
+            settings = ("ws_celery.beat = true", f"ws_celery.beat.store = {table.name}")
             ini = ini_file(services, queue, Path(name), box, *settings)
             return _measure(ini, Path(name, "health"), engine, table, seconds)
         finally:

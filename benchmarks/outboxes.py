@@ -21,7 +21,7 @@ from benchmarks.services import Services
 from benchmarks.site import TASKS as SITE_TASKS
 from benchmarks.workers import PATIENCE, our_worker, plain_worker, process, run
 from ws_celery.outbox import outbox_table
-from ws_celery.outbox.table import seconds_from_now
+from ws_celery.outbox.tables import seconds_from_now
 
 __all__ = ("CASES", "latency", "sweeping", "waiting", "working_with_rows")
 

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from chaos.fleet import Fleet
 from chaos.services import Broker, Postgres
 from chaos.ticking import Base
-from ws_celery.beat.table import schedule_table
+from ws_celery.beat.store import schedule_table
 from ws_celery.outbox import outbox_table
 
 _FOLDER = Path(__file__).parents[1] / "docs" / "guarantees"

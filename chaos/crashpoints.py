@@ -44,11 +44,10 @@ def wire() -> None:
     from transaction import TransactionManager
 
     from ws_celery.app import PyramidCelery
-    from ws_celery.outbox.claim import Claim
     from ws_celery.outbox.journal import Journal
     from ws_celery.outbox.rows import Rows
+    from ws_celery.outbox.runs import Claim, Unclaimed
     from ws_celery.outbox.store import Outbox
-    from ws_celery.outbox.unclaimed import Unclaimed
     from ws_celery.publishing import Publisher
 
     wrap(Journal, "_insert", "dispatch.begun", "dispatch.written")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ws_celery.version import __version__
+from ws_celery import __version__
 
 project = "ws_celery"
 author = "The ws_celery developers"

@@ -22,8 +22,7 @@ from ws_celery.settings.keys import (
     QUEUE_KEYS,
 )
 from ws_celery.settings.kinds import Kind
-from ws_celery.settings.names import OLD_NAMES, REMOVED
-from ws_celery.settings.options import OPTIONS
+from ws_celery.settings.options import OLD_NAMES, OPTIONS, REMOVED
 
 Rows = Iterator[tuple[str, ...]]
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0.dev0"
+
 if TYPE_CHECKING:
-    from ws_celery.applications import get_celery_app
+    from ws_celery.app import get_celery_app
     from ws_celery.config import includeme
     from ws_celery.declaration import celery_app, task
-    from ws_celery.dispatch import immediately
     from ws_celery.exceptions import ConfigurationError, WsCeleryError
     from ws_celery.locks import one_instance
+    from ws_celery.recording import immediately
     from ws_celery.tasks import RequestAwareTask
     from ws_celery.transactional import TransactionalTask
 else:
@@ -23,8 +25,8 @@ else:
         "TransactionalTask": "transactional",
         "WsCeleryError": "exceptions",
         "celery_app": "declaration",
-        "get_celery_app": "applications",
-        "immediately": "dispatch",
+        "get_celery_app": "app",
+        "immediately": "recording",
         "includeme": "config",
         "one_instance": "locks",
         "task": "declaration",

@@ -4,43 +4,252 @@ from __future__ import annotations
 
 import inspect
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from threading import RLock, local
+from typing import TYPE_CHECKING, Any
 
-from celery import Celery
+import plaster
+import transaction
+from celery import Celery, _state
 from celery.app.backends import by_url
 from celery.app.task import Context
 from celery.app.utils import bugreport
 from celery.utils.dispatch import Signal
 from celery.utils.text import pretty
 from kombu.exceptions import EncodeError
+from paste.deploy.loadwsgi import ConfigLoader
+from plaster_pastedeploy import Loader as PasteDeployLoader
+from pyramid.config import global_registries
 from pyramid.registry import Registry
+from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
-from ws_celery.applications import INI_VARIABLE, answer_celery, current_celery_app
-from ws_celery.arguments import blame_argument, refuse_misread
-from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.eager import EagerWorker, MemoryBackend
 from ws_celery.events import BeforeDispatch, has_subscriber
-from ws_celery.exceptions import ConfigurationError
+from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotIncluded
 from ws_celery.interfaces import ICeleryApp
-from ws_celery.locks import Locks, check_key
 from ws_celery.logs import set_up_logging
 from ws_celery.masking import logger_of, masked_text
-from ws_celery.propagation import Propagation
 from ws_celery.publishing import Publisher
-from ws_celery.request import HEADER, calling_request, description_of, failing
+from ws_celery.recording import Publication, RecordingProducer, blame_argument, refuse_misread
+from ws_celery.request import HEADER, Propagation, calling_request, description_of, failing
 from ws_celery.results import fit
-from ws_celery.settings import Configuration, our_setting
+from ws_celery.settings import Configuration, ini_variables, our_setting
 from ws_celery.shown_arguments import shown_value, told_arguments
 from ws_celery.transactions import Transactions
 
-__all__ = ("PyramidCelery",)
+if TYPE_CHECKING:
+    from ws_celery.locks import Locks
+
+__all__ = (
+    "INI_VARIABLE",
+    "PyramidCelery",
+    "answer_celery",
+    "app_if_loaded",
+    "current_celery_app",
+    "get_celery_app",
+    "load_registry",
+    "loaded_celery_app",
+)
 
 log = logger_of(__name__)
+
+#: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
+INI_VARIABLE = "WS_CELERY_INI"
+
+#: The modules whose functions run while an application is loaded.
+_LOADERS = ("paste.deploy.loadwsgi", "pyramid.config", "pyramid.config.actions")
+
+#: The modules between a proxy and what uses it.
+_OURS = ("ws_celery.app", "ws_celery.declaration", "celery.local")
+
+#: Two threads that need the application of the environment load it once.
+_loading = RLock()
+
+
+def get_celery_app(source: Any) -> PyramidCelery:
+    """Return the Celery app of a Pyramid registry, or of the registry of a request.
+
+    :param source: a registry, or anything that has one as its attribute ``registry``.
+    :raises NotIncluded: if the application does not include ws_celery.
+    """
+    registry = getattr(source, "registry", source)
+    app: PyramidCelery | None = registry.queryUtility(ICeleryApp)
+    if app is None:
+        raise NotIncluded
+    return app
+
+
+def current_celery_app(what: str = "celery_app") -> PyramidCelery:
+    """Return the Celery app of the application that the running code belongs to.
+
+    Tried in this order: the request passed to the call, or Pyramid's current request; the request
+    or task run that this thread's transaction was begun for; Pyramid's current registry; the only
+    application loaded in this process; the INI named by the environment variable
+    ``WS_CELERY_INI``, which is loaded.
+
+    :param what: what needs the app, for the error message.
+    :raises NoCurrentApplication: if none or more than one is loaded.
+    """
+    return _app_at_hand() or loaded_celery_app(what)
+
+
+def app_if_loaded() -> PyramidCelery | None:
+    """Return what :func:`current_celery_app` would, but ``None`` where it would raise or load."""
+    registry: Registry = threadlocals.get()["registry"]
+    registries = [registry] if _includes_us(registry) else _loaded()
+    try:
+        app = _app_at_hand()
+    except NotIncluded:
+        return None
+    return app or (get_celery_app(registries[0]) if len(registries) == 1 else None)
+
+
+def _app_at_hand() -> PyramidCelery | None:
+    request = calling_request()
+    return _app_of_the_transaction() if request is None else get_celery_app(request)
+
+
+def _app_of_the_transaction() -> PyramidCelery | None:
+    # Not get(): it would make a transaction that nobody finishes.
+    txn = transaction.manager.manager._txn
+    try:
+        app: PyramidCelery | None = None if txn is None else txn.data(ICeleryApp)
+    except KeyError:
+        return None
+    return app
+
+
+def loaded_celery_app(what: str) -> PyramidCelery:
+    """Return the Celery app of the current registry, or of the only application that is loaded.
+
+    It is what is left to :func:`current_celery_app` without a request.
+
+    :param what: what needs the app, for the error message.
+    :raises NoCurrentApplication: if none or more than one is loaded.
+    :raises ConfigurationError: if the application is only being loaded.
+    """
+    current: Registry = threadlocals.get()["registry"]
+    if _includes_us(current):
+        return get_celery_app(current)
+    if place := _place_in_loading():
+        raise ConfigurationError(
+            f"{place}: {what} is used while the application is being loaded, so that it has no "
+            "Celery app yet. Use it in a function that is called later, or in includeme(config) "
+            "as get_celery_app(config.registry)."
+        )
+    loaded = _loaded()
+    if not loaded and (config_uri := os.environ.get(INI_VARIABLE)):
+        with _loading:
+            loaded = _loaded() or [load_registry(config_uri)]
+    if len(loaded) != 1:
+        raise NoCurrentApplication(what, len(loaded))
+    return get_celery_app(loaded[0])
+
+
+def _loaded() -> list[Registry]:
+    return [registry for registry in global_registries if _includes_us(registry)]
+
+
+def _place_in_loading() -> str | None:
+    """Return what asks, if this thread is loading an application, whoever has begun it."""
+    places = [
+        (frame.f_globals.get("__name__", ""), frame) for frame, _ in traceback.walk_stack(None)
+    ]
+    if not any(module in _LOADERS for module, _ in places):
+        return None
+    asks = next(frame for module, frame in places if not module.startswith(_OURS))
+    return f"{asks.f_code.co_filename}:{asks.f_lineno}"
+
+
+def _includes_us(registry: Registry) -> bool:
+    return registry.queryUtility(ICeleryApp) is not None
+
+
+def load_registry(config_uri: str) -> Registry:
+    """Load the Pyramid application of an INI file and return its registry.
+
+    :param config_uri: what plaster takes: a path, with ``#name`` for another application than
+        ``main``.
+    :raises ConfigurationError: if its ``[celery...]`` sections are not what the application reads.
+    """
+    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    variables = ini_variables()
+    if variables and isinstance(loader, PasteDeployLoader):
+        wsgi_app = _with_variables(loader, variables)
+    else:
+        wsgi_app = loader.get_wsgi_app(defaults=variables or None)
+    # Middleware around the application hides its registry.
+    registry = getattr(wsgi_app, "registry", None) or global_registries.last
+    app = registry.queryUtility(ICeleryApp)
+    if app is not None and app.configuration is not None:
+        app.configuration.refuse_unread(config_uri)
+    return registry
+
+
+def _with_variables(loader: PasteDeployLoader, variables: Mapping[str, str]) -> Any:
+    # As plaster does it, but that [DEFAULT] does not beat what the command line says.
+    config = ConfigLoader(loader.uri.path)
+    config.update_defaults({key: value.replace("%", "%%") for key, value in variables.items()})
+    global_conf = {**loader.uri.options, **variables}
+    return config.get_app(loader.uri.fragment or "main", global_conf)
+
+
+def answer_celery() -> None:
+    """Let Celery ask Pyramid which app is current, for ``shared_task``, ``signature("name")``.
+
+    From now on, in this process, Celery's current app is that of the current request, be it of the
+    web, a bootstrap, a shell or a run; without one it is what Celery was told by ``set_current()``,
+    else the only application that is loaded, else Celery's default. Nothing is loaded.
+    """
+    # Celery has no public way to ask for the current app anew in each thread at each look.
+    if not isinstance(_state._tls, _CurrentApp):
+        _state._tls = _CurrentApp(_state._tls)
+
+
+class _CurrentApp:
+    """Stands in the place of Celery's thread-local that keeps the current app.
+
+    :param told: that thread-local.
+    """
+
+    def __init__(self, told: local) -> None:
+        self._told = told
+
+    @property
+    def current_app(self) -> Celery | None:
+        request = calling_request()
+        if request is not None:
+            return _app_of(getattr(request, "registry", None)) or self._told.current_app
+        found = _app_of_the_transaction() or _app_of(_configured_registry())
+        return found or self._told.current_app or _only_app()
+
+    @current_app.setter
+    def current_app(self, app: Celery | None) -> None:
+        self._told.current_app = app
+
+
+def _app_of(registry: Registry | None) -> PyramidCelery | None:
+    found: PyramidCelery | None = None
+    if registry is not None:
+        found = registry.queryUtility(ICeleryApp)
+    return found
+
+
+def _configured_registry() -> Registry | None:
+    # While one is being configured, venusian looks at each shared task: its app would be finalized.
+    registry = threadlocals.get()["registry"]
+    return registry if registry in global_registries else None
+
+
+def _only_app() -> PyramidCelery | None:
+    apps = [app for registry in global_registries if (app := _app_of(registry))]
+    return apps[0] if len(apps) == 1 else None
+
 
 #: What the positional arguments of ``send_task`` after name, args and kwargs are called.
 _POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]
@@ -67,11 +276,13 @@ class PyramidCelery(Celery):
     """
 
     control_cls = "ws_celery.control:Control"
-    events_cls = "ws_celery.lifecycle:Events"
+    events_cls = "ws_celery.worker:Events"
 
     configuration: Configuration | None = None
     publisher: Publisher
     propagation: Propagation
+    #: Keeps tasks with ``@one_instance`` from running twice at a time.
+    locks: Locks
     #: The attribute of requests that is their SQLAlchemy session.
     session_attribute: str
     #: Runs what would be sent, with ``task_always_eager``. Celery is not told; see eager.py.
@@ -83,8 +294,6 @@ class PyramidCelery(Celery):
         self.transactions = Transactions()
         #: Keeps dispatches until they have taken effect, if the application has switched it on.
         self.outbox: Any = None
-        #: Keeps tasks with ``@one_instance`` from running twice at a time.
-        self.locks = Locks(self)
         #: The schedule in the database, if the application has switched it on.
         self.schedule: Any = None
         #: Entries of the schedule that code declares: name to fields.
@@ -98,12 +307,12 @@ class PyramidCelery(Celery):
         super().__init__(
             registry.package_name,
             set_as_current=False,
-            fixups=["ws_celery.lifecycle:PyramidFixup"],
-            loader="ws_celery.lifecycle:PyramidLoader",
+            fixups=["ws_celery.worker:PyramidFixup"],
+            loader="ws_celery.worker:PyramidLoader",
             **options,
         )
         answer_celery()
-        self.steps["consumer"].add("ws_celery.consumer:OnRedis")
+        self.steps["consumer"].add("ws_celery.worker:OnRedis")
         self.on_after_configure = _SignalOfApplication(name="app.on_after_configure")
         self.on_after_finalize = _SignalOfApplication(name="app.on_after_finalize")
         self.on_after_configure.connect(_prepare_lookups)
@@ -208,7 +417,7 @@ class PyramidCelery(Celery):
         self.before_dispatch(name, args, kwargs, options)
         serializer = options.get("serializer") or self.conf.task_serializer
         refuse_misread(name, args, kwargs, serializer, options)
-        check_key(self.tasks.get(name), args, kwargs)
+        self.locks.check_key(self.tasks.get(name), args, kwargs)
         self._describe_arguments(name, args, kwargs, options)
         try:
             with self._keeping_retries(options):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import plaster
@@ -26,9 +27,8 @@ from pyramid.tweens import EXCVIEW
 from transaction.interfaces import NoTransaction
 from zope.interface import implementer
 
-from ws_celery.app import PyramidCelery
-from ws_celery.applications import get_celery_app
-from ws_celery.datamanager import raising_interruptions
+from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.converters import nearest
 from ws_celery.declaration import (
     CATEGORY,
     add_celery_task,
@@ -37,16 +37,103 @@ from ws_celery.declaration import (
 )
 from ws_celery.derivers import add_task_deriver
 from ws_celery.embedded import resolve
-from ws_celery.exceptions import ConfigurationError
+from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.interfaces import ICeleryApp, ICelerySource, IRequestPropagator
+from ws_celery.locks import Locks
 from ws_celery.masking import masked, without_arguments
-from ws_celery.plugins import wanted_plugins
-from ws_celery.propagation import Propagator
+from ws_celery.request import Propagator
 from ws_celery.settings import Configuration, Setting, our_setting, read_configuration
+from ws_celery.settings.keys import OUR_SETTINGS
 from ws_celery.transactional import retry_attempts
-from ws_celery.transactions import remember_transaction
+from ws_celery.transactions import raising_interruptions, remember_transaction
 
-__all__ = ("eager_tween_factory", "includeme", "read_file")
+__all__ = (
+    "GROUP",
+    "SETTING",
+    "Plugin",
+    "eager_tween_factory",
+    "includeme",
+    "read_file",
+    "wanted_plugins",
+)
+
+GROUP = "ws_celery.tasks"
+SETTING = "ws_celery.plugins"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point of an installed distribution, which names modules with tasks.
+
+    :param distribution: the name of the distribution, as ``pip list`` shows it.
+    """
+
+    distribution: str
+    entry_point: EntryPoint
+
+    def modules(self) -> list[str]:
+        """Ask the distribution for the names of its modules; they are not imported.
+
+        :raises TypeError: if it does not return names.
+        """
+        found = self.entry_point.load()()
+        names = [found] if isinstance(found, str) else list(found)  # it may be a generator
+        if isinstance(found, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"expected a list of names of modules, got {found!r}")
+        return names
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Let an error name the distribution, and the way to do without it.
+
+        :raises ConfigurationError: for whatever is raised inside.
+        """
+        try:
+            yield
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".rstrip(".")
+            raise ConfigurationError(
+                f"The distribution {self.distribution} brings tasks by its entry point "
+                f"`{self.entry_point.name} = {self.entry_point.value}` of the group {GROUP}, which "
+                f"cannot be loaded ({reason}). Repair or uninstall it, or set {SETTING} to none or "
+                "to the names of the others."
+            ) from error
+
+
+def wanted_plugins(settings: Mapping[str, Any]) -> list[Plugin]:
+    """Return the installed plugins that the setting ``ws_celery.plugins`` asks for, by name.
+
+    :raises ConfigurationError: if it names one that is not installed.
+    """
+    wanted = OUR_SETTINGS[SETTING].accept(settings.get(SETTING, "all"))
+    if wanted == ["none"]:
+        return []
+    installed = sorted(_installed(), key=lambda plugin: (plugin.distribution, plugin.entry_point))
+    if wanted == ["all"]:
+        return installed
+    by_name = {_normalized(plugin.distribution): plugin.distribution for plugin in installed}
+    if unknown := [name for name in wanted if _normalized(name) not in by_name]:
+        raise ConfigurationError(*(_not_installed(name, by_name) for name in unknown))
+    names = {by_name[_normalized(name)] for name in wanted}
+    return [plugin for plugin in installed if plugin.distribution in names]
+
+
+def _installed() -> Iterator[Plugin]:
+    for entry_point in entry_points(group=GROUP):
+        distribution: Any = entry_point.dist
+        yield Plugin(distribution.metadata["Name"], entry_point)
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _not_installed(name: str, by_name: Mapping[str, str]) -> Fault:
+    problem = f"{SETTING} = {name!r}: no distribution of this name that brings tasks is installed"
+    expected = f"all, none, or some of: {', '.join(by_name.values())}" if by_name else "none"
+    return Fault(problem, expected=expected, nearest=nearest(name, by_name.values()))
 
 
 def includeme(config: Any) -> None:
@@ -69,7 +156,9 @@ def includeme(config: Any) -> None:
     over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
     config.add_subscriber(_watch_transactions, NewRequest)
-    config.registry.registerUtility(PyramidCelery(config.registry), ICeleryApp)
+    app = PyramidCelery(config.registry)
+    app.locks = Locks(app)
+    config.registry.registerUtility(app, ICeleryApp)
     # Configured before PHASE3, where tasks are registered; after it what `imports` and plugins
     # name, and last the handlers that look for tasks.
     _add_action(config, _configure_celery_app, order=PHASE2_CONFIG)

@@ -15,8 +15,7 @@ from celery.local import Proxy
 from celery.result import GroupResult
 from pyramid.config.actions import action_method
 
-from ws_celery.app import PyramidCelery
-from ws_celery.applications import app_if_loaded, current_celery_app, get_celery_app
+from ws_celery.app import PyramidCelery, app_if_loaded, current_celery_app, get_celery_app
 from ws_celery.beat.sources import declare
 from ws_celery.bulk import split_call
 from ws_celery.derivers import check_options, derive, task_derivers
@@ -49,7 +48,7 @@ class TaskProxy:
 
     Nothing is registered until an application scans the module. Each use looks the task up: in the
     application of the request that is passed, else in the current one (see
-    :func:`ws_celery.applications.current_celery_app`).
+    :func:`ws_celery.app.current_celery_app`).
 
     :param target: the function, or a task class with a ``run(self, request, ...)``.
     :param options: options of the task, as :meth:`celery.Celery.task` takes them, and

@@ -27,8 +27,8 @@ from kombu.serialization import dumps, loads, prepare_accept_content
 from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 
-from ws_celery.dispatch import Publication, RecordingProducer
 from ws_celery.exceptions import NotRunYet, TaskNotRegistered
+from ws_celery.recording import Publication, RecordingProducer
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery

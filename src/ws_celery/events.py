@@ -25,6 +25,7 @@ from ws_celery.interfaces import (
 from ws_celery.masking import logger_of
 
 __all__ = (
+    "SKIPPED",
     "BeforeDispatch",
     "LockLost",
     "PublishFailed",
@@ -40,6 +41,9 @@ __all__ = (
 )
 
 log = logger_of(__name__)
+
+#: The state of a task that another one with its key has kept from running.
+SKIPPED = "SKIPPED"
 
 
 @implementer(ICeleryEvent)

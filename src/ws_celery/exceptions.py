@@ -299,13 +299,13 @@ class TableError(WsCeleryError):
 class OutboxTableError(TableError):
     """The table of the outbox is missing, or is not the one that this version needs."""
 
-    words = ("The outbox", "ws-celery outbox create", "ws_celery.outbox.table")
+    words = ("The outbox", "ws-celery outbox create", "ws_celery.outbox.tables")
 
 
 class ScheduleTableError(TableError):
     """The table of the schedule is missing, or is not the one that this version needs."""
 
-    words = ("The schedule", "ws-celery schedule create", "ws_celery.beat.table")
+    words = ("The schedule", "ws-celery schedule create", "ws_celery.beat.store")
 
 
 class ReadOnly(WsCeleryError):

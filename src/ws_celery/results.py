@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ws_celery.dispatch import RecordingProducer
+from ws_celery.events import SKIPPED
 from ws_celery.exceptions import NotRunYet
-from ws_celery.locks import SKIPPED
+from ws_celery.recording import RecordingProducer
 from ws_celery.request import calling_request
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from typing import Any
 
 import transaction
 
-from ws_celery.app import PyramidCelery
-from ws_celery.applications import get_celery_app
+from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.interfaces import ICeleryApp
 
 __all__ = ("open_transaction", "setup", "tasks_by_name")

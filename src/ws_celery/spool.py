@@ -12,12 +12,12 @@ from time import monotonic
 from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
-from ws_celery.dispatch import Publication
 from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.outages import Service
 
 if TYPE_CHECKING:
     from ws_celery.publishing import Publisher
+    from ws_celery.recording import Publication
 
 __all__ = ("Spool",)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -17,9 +17,9 @@ from celery.utils.serialization import get_pickleable_exception
 from transaction.interfaces import NoTransaction
 
 from ws_celery.bulk import apply_async_many
-from ws_celery.dispatch import ROW_HEADER, Publication, holding, immediately
 from ws_celery.eager import manager_of_its_own
 from ws_celery.locks import rule_of
+from ws_celery.recording import ROW_HEADER, Publication, holding, immediately
 from ws_celery.request import (
     HEADER,
     calling,
@@ -30,10 +30,44 @@ from ws_celery.request import (
     split_request,
     task_request,
 )
-from ws_celery.retries import arguments_of_retry
 from ws_celery.signatures import hide_request
 
-__all__ = ("RequestAwareTask", "problem_of_request")
+__all__ = (
+    "RequestAwareTask",
+    "arguments_of_retry",
+    "problem_of_request",
+)
+
+
+def arguments_of_retry(task: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Complete what ``retry()`` was given by what the run was given.
+
+    Celery does this as well, but counts the request among the arguments.
+
+    :param task: the task that runs.
+    :param args: positional arguments of the next run; a request among them is left out.
+    :param kwargs: keyword arguments of the next run, likewise.
+    """
+    if args is None and kwargs is None:
+        return None, None
+    _, new_args, new_kwargs = split_request(args, kwargs)
+    old_args, old_kwargs = task.request.args or (), task.request.kwargs or {}
+    names = _positional_names(task.run)
+    if kwargs is None:
+        taken = names[: len(new_args)]
+        kept = {name: value for name, value in old_kwargs.items() if name not in taken}
+        return new_args, kept
+    if args is None:
+        merged = [new_kwargs.pop(name, value) for name, value in zip(names, old_args, strict=False)]
+        return (*merged, *old_args[len(names) :]), new_kwargs
+    return new_args, new_kwargs
+
+
+def _positional_names(run: Callable[..., Any]) -> list[str]:
+    parameters = list(inspect.signature(run).parameters.values())[1:]  # without the request
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
 
 #: Celery's own tasks that call another task like a function.
 _CALLERS = ("celery.map", "celery.starmap")
@@ -60,7 +94,7 @@ class RequestAwareTask(Task):
     abstract = True
 
     #: What a worker makes of its messages.
-    Request = "ws_celery.consumer:Request"
+    Request = "ws_celery.worker:Request"
 
     #: Whether its function gets a request that its messages do not have; saying so for a task whose
     #: function has another name than ``request`` for it tells that this is meant.

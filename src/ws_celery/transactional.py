@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -10,14 +11,55 @@ import transaction
 from celery.exceptions import Ignore
 from transaction.interfaces import NoTransaction
 
-from ws_celery.conflicts import is_conflict
-from ws_celery.datamanager import raising_interruptions
-from ws_celery.dispatch import Publication, holding, is_immediate
 from ws_celery.exceptions import ConfigurationError, CutOff, Duplicate, ForeignMessage
 from ws_celery.interfaces import ICeleryApp
+from ws_celery.recording import Publication, holding, is_immediate
 from ws_celery.tasks import RequestAwareTask
+from ws_celery.transactions import raising_interruptions
 
-__all__ = ("TransactionalTask", "retry_attempts")
+__all__ = (
+    "TransactionalTask",
+    "is_conflict",
+    "retry_attempts",
+)
+
+#: Errors by number, by the package of the driver that raises them. Each means "try again".
+_NUMBERS = dict.fromkeys(("pymysql", "MySQLdb", "mysql", "mariadb", "asyncmy"), (1020, 1205, 1213))
+
+
+def is_conflict(manager: Any, error: BaseException) -> bool:
+    """Tell whether the transaction that raised ``error`` may succeed when it is run again.
+
+    :param manager: the transaction's manager. Ask before the abort, which makes the transaction
+        forget its data managers.
+    """
+    if not isinstance(error, Exception):
+        return False
+    return _is_known_to(manager, error) or _is_marked(error) or _is_of_driver(error)
+
+
+def _is_known_to(manager: Any, error: Exception) -> bool:
+    try:
+        return bool(manager.get().isRetryableError(error))
+    except NoTransaction:
+        return False
+
+
+def _is_marked(error: Exception) -> bool:
+    pyramid_retry = sys.modules.get("pyramid_retry")
+    return pyramid_retry is not None and pyramid_retry.IRetryableError.providedBy(error)
+
+
+def _is_of_driver(error: Exception) -> bool:
+    original = getattr(error, "orig", None) or error  # SQLAlchemy wraps it
+    sqlite3 = sys.modules.get("sqlite3")
+    if sqlite3 is not None and isinstance(original, sqlite3.OperationalError):
+        return str(original).endswith(" is locked")
+    package = type(original).__module__.partition(".")[0]
+    known = _NUMBERS.get(package, ())
+    # MariaDB's own driver has the number in an attribute only.
+    return any(number in known for number in (getattr(original, "errno", None), *original.args[:1]))
+
 
 #: Ends of a run that do not commit, though Celery stores nothing for them.
 _WITHOUT_EFFECT = (CutOff, Duplicate, ForeignMessage)

@@ -2,20 +2,250 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, MutableSequence, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from threading import local
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
 import transaction
-from transaction.interfaces import IDataManager, ISynchronizer, NoTransaction
+from transaction.interfaces import (
+    IDataManager,
+    IDataManagerSavepoint,
+    ISavepointDataManager,
+    ISynchronizer,
+    NoTransaction,
+)
 from zope.interface import implementer
 
-from ws_celery.datamanager import DispatchDataManager, ThreadsDispatches
-from ws_celery.dispatch import Publication, RecordingProducer, held_publications, is_immediate
-from ws_celery.sessions import open_session, open_transactions, tell_rollbacks
+from ws_celery.masking import logger_of
+from ws_celery.recording import Publication, RecordingProducer, held_publications, is_immediate
 
-__all__ = ("OwnCommits", "Transactions", "remember_transaction")
+__all__ = (
+    "DispatchDataManager",
+    "Listener",
+    "OwnCommits",
+    "ThreadsDispatches",
+    "Transactions",
+    "open_session",
+    "open_transactions",
+    "raising_interruptions",
+    "remember_transaction",
+    "tell_rollbacks",
+)
+
+log = logger_of(__name__)
+
+#: Where a session keeps who is to be told: in its ``info``, so that both are forgotten together.
+_LISTENERS = "ws_celery.listeners"
+
+
+class Listener(Protocol):
+    """Who wants to know of rollbacks."""
+
+    def rolled_back(self, session_transaction: Any) -> None:
+        """Take note that this transaction or savepoint of a session is undone."""
+
+
+def open_session(request: Any, name: str) -> Any:
+    """Return the SQLAlchemy session of ``request`` if it has made it already, else ``None``.
+
+    It is never made here: a request that uses no database must not begin to because it dispatches.
+
+    :param name: the attribute of the request; a ``scoped_session`` is fine, too.
+    """
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is None or request is None:
+        return None
+    session = getattr(request, "__dict__", {}).get(name)
+    if session is None:
+        # Where WebOb keeps attributes that the class of the request does not have.
+        session = getattr(request, "environ", {}).get("webob.adhoc_attrs", {}).get(name)
+    if isinstance(session, orm.scoped_session):
+        session = session.registry() if session.registry.has() else None
+    return session if isinstance(session, orm.Session) else None
+
+
+def open_transactions(session: Any) -> tuple[Any, ...]:
+    """Return the open transactions of a session, the innermost savepoint first."""
+    return tuple(_outwards(session.get_nested_transaction() or session.get_transaction()))
+
+
+def _outwards(session_transaction: Any) -> Iterator[Any]:
+    while session_transaction is not None:
+        yield session_transaction
+        session_transaction = session_transaction.parent
+
+
+def tell_rollbacks(session: Any, listener: Listener) -> None:
+    """Let ``listener`` know of each rollback of this session, as long as it lives."""
+    if _LISTENERS not in session.info:
+        session.info[_LISTENERS] = WeakSet()
+        # One listener for good: SQLAlchemy forbids to remove one while it is being called.
+        sys.modules["sqlalchemy.event"].listen(session, "after_soft_rollback", _rolled_back)
+    session.info[_LISTENERS].add(listener)
+
+
+def _rolled_back(session: Any, session_transaction: Any) -> None:
+    for listener in tuple(session.info[_LISTENERS]):
+        listener.rolled_back(session_transaction)
+
+
+_interruptions: ContextVar[list[BaseException] | None] = ContextVar(
+    "ws_celery_interruptions", default=None
+)
+
+
+@contextmanager
+def raising_interruptions() -> Iterator[list[BaseException]]:
+    """Raise what has interrupted the hooks of a commit that was made inside; yields it as it comes.
+
+    The ``transaction`` package swallows whatever an after-commit hook raises: a time limit, a
+    signal to end the process, and the error of an eager task.
+    """
+    caught: list[BaseException] = []
+    token = _interruptions.set(caught)
+    try:
+        yield caught
+    finally:
+        _interruptions.reset(token)
+    if caught:
+        raise caught[0]
+
+
+@contextmanager
+def _told_to_caller() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as interruption:
+        caught = _interruptions.get()
+        if caught is not None:
+            caught.append(interruption)
+        elif isinstance(interruption, Exception):
+            log.exception("The transaction has committed, but what follows it has failed")
+        else:
+            raise
+
+
+class ThreadsDispatches(local):
+    """What this thread has dispatched in its transactions; tells what its end leaves unfinished."""
+
+    def __init__(self) -> None:
+        self._held: list[list[Publication]] = []
+        self._end = _End()
+        finalize(self._end, _tell_unfinished, self._held)
+
+    def hold(self, publications: list[Publication]) -> None:
+        """Keep a list that is emptied when its transaction commits or aborts."""
+        self._held[:] = [each for each in self._held if each]
+        self._held.append(publications)
+
+
+class _End:
+    """Goes with the thread, at once: a transaction waits for the garbage collector."""
+
+
+def _tell_unfinished(held: list[list[Publication]]) -> None:
+    names = [str(each.task_name) for found in held for each in found if each.task_id]
+    if names:
+        log.warning(
+            "A thread has ended, and nobody has committed its transaction; not sent: %s. "
+            "Dispatch in `with transaction.manager:`, or pass a request whose transaction is open",
+            ", ".join(names),
+        )
+
+
+@implementer(IDataManagerSavepoint)
+class _Savepoint:
+    def __init__(self, publications: MutableSequence[Publication]) -> None:
+        self._publications = publications
+        # Not how many: a rollback of SQLAlchemy's may take out earlier ones meanwhile.
+        self._kept = list(publications)
+
+    def rollback(self) -> None:
+        kept = set(self._kept)
+        self._publications[:] = [each for each in self._publications if each in kept]
+
+
+@implementer(ISavepointDataManager)
+class DispatchDataManager:
+    """Holds what one transaction has dispatched to one Celery app.
+
+    It only keeps the list: publishing is the after-commit hook's, because ``tpc_finish`` may
+    precede another manager's commit, and an error there would reach the caller of a transaction
+    that has committed.
+
+    :param app: the Celery app whose broker the publications are for.
+    :param txn: the transaction to join.
+    """
+
+    def __init__(self, app: Any, txn: Any) -> None:
+        #: The interface wants the name; the transaction itself is told by the calls.
+        self.transaction_manager: Any = None
+        self.publications: list[Publication] = []
+        #: What has recorded last; as a rule the next dispatch is made in the same savepoint.
+        self.recorder: RecordingProducer | None = None
+        outbox = app.outbox if app.eager is None else None
+        #: Writes them into the outbox, if the application has one and sends them.
+        self.journal = outbox and outbox.journal(txn, self.publications)
+        self._app = app
+        txn.addAfterCommitHook(self._after_commit)
+        try:
+            txn.join(self)
+        except ValueError:
+            # The transaction is committing already (a listener of its own flush dispatches). No
+            # savepoint can come any more, so that the hook alone is enough.
+            log.debug("dispatch during the commit of %r", txn)
+
+    def _after_commit(self, committed: bool) -> None:
+        publications = list(self.publications)
+        self.publications.clear()
+        if committed and publications:
+            with _told_to_caller():
+                if self.journal is not None:
+                    self.journal.write_late()
+                self._app.publish(publications)
+
+    def abort(self, txn: Any) -> None:
+        self.publications.clear()
+        # A rolled-back savepoint aborts and unjoins a manager that joined after it: a later
+        # dispatch has to join anew, or its messages would be lost.
+        txn.set_data(self._app, None)
+
+    def rolled_back(self, session_transaction: Any) -> None:
+        """Drop what was dispatched in a transaction or savepoint of SQLAlchemy that is undone."""
+        self.publications[:] = [
+            publication
+            for publication in self.publications
+            if session_transaction not in publication.session_transactions
+        ]
+
+    def savepoint(self) -> _Savepoint:
+        return _Savepoint(self.publications)
+
+    def sortKey(self) -> str:  # noqa: N802 - the name is the interface's
+        # Below "~sqlalchemy", whose one-phase manager commits in tpc_vote.
+        return f"ws_celery:{id(self)}"
+
+    def tpc_begin(self, txn: Any) -> None:  # noqa: ARG002 - as the interface has it
+        """Write what was dispatched after the hooks: by a synchronizer, before the completion."""
+        if self.journal is not None:
+            self.journal.write()
+
+    def commit(self, txn: Any) -> None:
+        """Nothing to write."""
+
+    def tpc_vote(self, txn: Any) -> None:
+        """Nothing that could still fail."""
+
+    def tpc_finish(self, txn: Any) -> None:
+        """Published by the after-commit hook."""
+
+    def tpc_abort(self, txn: Any) -> None:
+        self.abort(txn)
+
 
 #: Where the environ of a request has the manager and the transaction that it was received in.
 _RECEIVED_IN = "ws_celery.received_in"

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from ws_celery.settings import keys
-from ws_celery.settings.names import REMOVED
-from ws_celery.settings.options import OPTIONS
+from ws_celery.settings.options import OPTIONS, REMOVED
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -263,10 +263,12 @@ def celery_app_of() -> Callable[[Site], Any]:
     from ws_celery.app import PyramidCelery
     from ws_celery.config import read_file
     from ws_celery.embedded import resolve
+    from ws_celery.locks import Locks
 
     @contextmanager
     def load(site: Site) -> Iterator[Any]:
         with PyramidCelery(Registry()) as app:
+            app.locks = Locks(app)
             app.configure(resolve(read_file(str(site.ini))))
             yield app
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from ws_celery.beat.table import schedule_table
+from ws_celery.beat.store import schedule_table
 from ws_celery.outbox import outbox_table
 
 APPS = Path(__file__).parent / "apps"

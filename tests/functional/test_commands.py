@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ws_celery.cli.flower import flower
+from ws_celery.cli.worker import flower
 from ws_celery.exceptions import ConfigurationError
 
 QUICK = ("--without-mingle", "--without-gossip", "--concurrency=1")

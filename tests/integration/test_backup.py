@@ -15,8 +15,7 @@ import pytest
 from sqlalchemy import make_url
 
 from ws_celery.contrib import backup as module
-from ws_celery.contrib.backup import BackupFailed, backup
-from ws_celery.contrib.backup_databases import libpq_variables, title_of
+from ws_celery.contrib.backup import BackupFailed, backup, libpq_variables, title_of
 from ws_celery.exceptions import ConfigurationError
 
 needs_pg_dump = pytest.mark.skipif(not shutil.which("pg_dump"), reason="pg_dump is not installed")

@@ -18,8 +18,8 @@ from tests.waiting import SOON, wait_for
 
 from ws_celery import RequestAwareTask, inspection, task
 from ws_celery.beat import Scheduler, ticks
-from ws_celery.beat.listening import Listener
 from ws_celery.beat.scheduler import DatabaseScheduler
+from ws_celery.beat.store import Listener
 from ws_celery.embedded import EmbeddedBroker
 from ws_celery.events import BeforeDispatch
 from ws_celery.exceptions import EntryRefused
@@ -673,7 +673,7 @@ def test_a_beat_notes_that_it_has_looked_at_an_entry_long_before_its_first_tick(
 
 
 def test_a_result_that_never_comes_is_not_waited_for_for_ever():
-    from ws_celery.beat.overlap import is_unfinished
+    from ws_celery.beat.ticks import is_unfinished
 
     now = datetime(2027, 1, 31, tzinfo=timezone.utc)
 

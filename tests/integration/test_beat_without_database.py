@@ -17,10 +17,10 @@ from celery.schedules import crontab, schedule, solar
 from click.testing import CliRunner
 
 from ws_celery import ConfigurationError, task
-from ws_celery.beat import Scheduler, health
+from ws_celery.beat import Scheduler, scheduler
 from ws_celery.beat.sources import check_sources, entries_of, install
 from ws_celery.cli.application import check_schedule
-from ws_celery.cli.beat import beat as beat_command
+from ws_celery.cli.worker import beat as beat_command
 from ws_celery.inspection import export_schedule, unexported_entries
 
 
@@ -61,8 +61,8 @@ def beat(tmp_path):
         return scheduler
 
     yield make
-    for scheduler in made:
-        scheduler.close()
+    for each in made:
+        each.close()
     _state._set_current_app(before)
 
 
@@ -277,8 +277,8 @@ def test_what_changes_between_two_starts_is_taken_over_and_the_rest_remembered(
 
 
 def test_a_health_file_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(health, "_EVERY", 0)
-    file = health.HealthFile(tmp_path / "run" / "health")
+    monkeypatch.setattr(scheduler, "_EVERY", 0)
+    file = scheduler.HealthFile(tmp_path / "run" / "health")
     for _ in range(2):
         file.write(1, 0)
     (tmp_path / "run").mkdir()

@@ -20,7 +20,7 @@ from tests.waiting import SOON, wait_for
 
 from ws_celery import task
 from ws_celery.embedded import EmbeddedBroker
-from ws_celery.redis_channel import connect
+from ws_celery.publishing import connect
 
 #: Seconds that a busy machine may add to a time limit.
 MARGIN = 3

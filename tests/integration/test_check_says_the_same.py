@@ -219,7 +219,7 @@ def test_entries_are_listed_as_people_write_them_though_they_are_not_complete(
 ):
     monkeypatch.setenv("COLUMNS", "500")  # nothing is cut
     code = """
-        from ws_celery.zoned import ZonedCrontab
+        from ws_celery.schedules import ZonedCrontab
 
         @task(name="nightly", schedule=ZonedCrontab(minute="0", hour="3", zone="Asia/Tokyo"))
         def nightly(request):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ws_celery.lifecycle import PooledConnections
+from ws_celery.worker import PooledConnections
 
 #: Forks as a prefork pool does, and prints the PostgreSQL backend that each process talks to.
 PROGRAM = """

@@ -12,8 +12,7 @@ from sqlalchemy import create_engine
 from tests.waiting import wait_for
 
 from ws_celery import inspection, task
-from ws_celery.cli.status import status
-from ws_celery.cli.tasks import tasks, workers
+from ws_celery.cli.tasks import status, tasks, workers
 from ws_celery.exceptions import (
     NothingToProbe,
     NoWorker,

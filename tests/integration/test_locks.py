@@ -18,7 +18,7 @@ from ws_celery import RequestAwareTask, one_instance, task
 from ws_celery.events import LockLost, TaskFinished, TaskSkipped
 from ws_celery.exceptions import Duplicate, LockGone
 from ws_celery.locks import Held
-from ws_celery.testing.running import run_as_worker
+from ws_celery.testing.captured import run_as_worker
 
 
 def ended(result):

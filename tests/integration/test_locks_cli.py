@@ -19,7 +19,7 @@ from ws_celery import inspection
 from ws_celery.cli.locks import locks
 from ws_celery.exceptions import LocksUnavailable, NoSuchLock
 from ws_celery.locks import Held, Holder
-from ws_celery.locks.told import number_of
+from ws_celery.locks.postgresql import number_of
 
 
 @pytest.fixture(params=["redis", "database"])

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from ws_celery import inspection, task
 from ws_celery.exceptions import Skipped
 from ws_celery.locks import Held, Holder
-from ws_celery.locks.told import number_of
+from ws_celery.locks.postgresql import number_of
 
 HASHES = {
     "without a holder": {"who": "knows"},

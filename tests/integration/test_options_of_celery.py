@@ -66,7 +66,7 @@ def scheduler(make, scheduler_of, **_):
 
 def max_loop_interval(make, scheduler_of, caplog, monkeypatch, **_):
     app, slept = make("beat_max_loop_interval = 0.2"), []
-    monkeypatch.setattr("ws_celery.beat.listening.time.sleep", slept.append)
+    monkeypatch.setattr("ws_celery.beat.store.time.sleep", slept.append)
     scheduler = scheduler_of(app)
     scheduler.tick()
     caplog.set_level("INFO")

@@ -21,8 +21,8 @@ from ws_celery import RequestAwareTask, immediately, task
 from ws_celery.eager import received as received_by_worker
 from ws_celery.exceptions import OutboxTableError, OutboxUnreachable
 from ws_celery.inspection import health
-from ws_celery.outbox.message import publication_of
-from ws_celery.outbox.table import aware as aware_of
+from ws_celery.outbox.journal import publication_of
+from ws_celery.outbox.tables import aware as aware_of
 
 
 @task(name="fail", bind=True)

@@ -19,8 +19,8 @@ from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, task
 from ws_celery.exceptions import CutOff, Duplicate
-from ws_celery.outbox.deliveries import Deliveries
-from ws_celery.testing.running import run_as_worker
+from ws_celery.outbox.relay import Deliveries
+from ws_celery.testing.captured import run_as_worker
 
 
 @task(name="prepare", base=RequestAwareTask)

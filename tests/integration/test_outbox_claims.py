@@ -21,7 +21,7 @@ from transaction.interfaces import TransientError
 from ws_celery import RequestAwareTask, task
 from ws_celery.events import TaskFinished
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.testing.running import run_as_worker
+from ws_celery.testing.captured import run_as_worker
 
 
 @task(name="conflicting", bind=True)

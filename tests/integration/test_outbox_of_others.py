@@ -14,12 +14,12 @@ from tests.notes import dispatch, follow, insert, write
 from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, task
-from ws_celery.dispatch import OUTBOX_HEADER
 from ws_celery.events import TaskFinished
 from ws_celery.exceptions import Duplicate, ForeignMessage
 from ws_celery.outbox import outbox_table
-from ws_celery.outbox.schema import place_of
-from ws_celery.testing.running import run_as_worker
+from ws_celery.outbox.tables import place_of
+from ws_celery.recording import OUTBOX_HEADER
+from ws_celery.testing.captured import run_as_worker
 
 
 @task(name="late", acknowledge="late")
@@ -84,7 +84,7 @@ def test_a_message_of_another_outbox_is_refused_and_its_row_stays(
     assert (row.task_id, row.died_at, row.error) == (result.id, None, None)
     assert row.due_at is not None
     assert [event.id for event in finished] == [own.id]
-    (said,) = [each.getMessage() for each in caplog.records if each.name == "ws_celery.outbox.run"]
+    (said,) = [each.getMessage() for each in caplog.records if each.name == "ws_celery.outbox.runs"]
     assert said.startswith(f"{name}[{result.id}] is not run: its row is in another outbox")
     assert "Give each application queues of its own" in said
     assert repr(queue) in said

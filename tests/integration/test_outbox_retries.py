@@ -17,7 +17,7 @@ from transaction.interfaces import TransientError
 
 from ws_celery import RequestAwareTask, task
 from ws_celery.events import BeforeDispatch
-from ws_celery.testing.running import run_as_worker
+from ws_celery.testing.captured import run_as_worker
 
 
 @task(name="swallowing", bind=True)

@@ -14,10 +14,10 @@ from tests.waiting import wait_for
 from transaction.interfaces import TransientError
 
 from ws_celery import task
-from ws_celery.dispatch import Publication
 from ws_celery.exceptions import Duplicate
-from ws_celery.outbox.deliveries import Deliveries
-from ws_celery.testing.running import run_as_worker
+from ws_celery.outbox.relay import Deliveries
+from ws_celery.recording import Publication
+from ws_celery.testing.captured import run_as_worker
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
 

@@ -12,7 +12,7 @@ import pytest
 from kombu import Connection, Exchange, Producer, Queue
 from redis import Redis
 
-from ws_celery.redis_channel import lighten
+from ws_celery.publishing import lighten
 
 
 @pytest.fixture

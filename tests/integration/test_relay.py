@@ -19,8 +19,7 @@ from ws_celery import task
 from ws_celery.embedded import EmbeddedBroker
 from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.inspection import outbox_rows
-from ws_celery.outbox.deliveries import Deliveries
-from ws_celery.relay import Relay
+from ws_celery.outbox.relay import Deliveries, Relay
 
 NOWHERE = "redis://127.0.0.1:1"
 
@@ -103,7 +102,7 @@ def ids(messages):
 
 def lines(caplog):
     """Take what the relay has logged as a warning or worse."""
-    loggers = ("ws_celery.relay", "ws_celery.outages")
+    loggers = ("ws_celery.outbox.relay", "ws_celery.outages")
     found = [each.getMessage() for each in caplog.records if each.name in loggers]
     caplog.clear()
     return found

@@ -17,9 +17,8 @@ from click.testing import CliRunner
 from tests.waiting import SOON, wait_for
 
 from ws_celery import inspection, task
-from ws_celery.cli.call import call
-from ws_celery.cli.result import result
-from ws_celery.cli.results import results
+from ws_celery.cli.results import result, results
+from ws_celery.cli.tasks import call
 from ws_celery.exceptions import (
     NoSuchResult,
     NotRunYet,
@@ -274,7 +273,7 @@ def test_the_command_of_celery_says_that_a_run_was_skipped(make, sqlite_url, ski
 def test_the_command_of_celery_waits_until_the_run_has_ended(make, sqlite_url, store, monkeypatch):
     app = make(sqlite_url)
     store(app, "one", state=states.STARTED)
-    module = sys.modules["ws_celery.cli.result"]  # the package's attribute is the command
+    module = sys.modules["ws_celery.cli.results"]  # the package's attribute is the command
     monkeypatch.setattr(module, "sleep", lambda _: store(app, "one", 5))
     said = []
     context = SimpleNamespace(app=app.celery, echo=said.append)

@@ -11,7 +11,7 @@ from sqlalchemy import MetaData, Table, inspect, text
 
 from ws_celery import ConfigurationError, task
 from ws_celery.beat.sources import check_sources
-from ws_celery.beat.table import schedule_table
+from ws_celery.beat.store import schedule_table
 from ws_celery.exceptions import (
     NoSuchEntry,
     ScheduleTableError,

@@ -18,9 +18,9 @@ from kombu import Producer
 from tests.waiting import SOON, wait_for
 
 from ws_celery import task
-from ws_celery.dispatch import Publication
 from ws_celery.embedded import EmbeddedBroker
 from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled
+from ws_celery.recording import Publication
 
 log = logging.getLogger(__name__)
 

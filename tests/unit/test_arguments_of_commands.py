@@ -6,7 +6,7 @@ import click
 import pytest
 
 from ws_celery.cli import main_group
-from ws_celery.cli.arguments import Options, options_given, take_ini_uri
+from ws_celery.cli.application import Options, options_given, take_ini_uri
 
 GROUP = click.Group(
     "outbox",

@@ -12,7 +12,7 @@ from celery.result import GroupResult
 from pyramid.config import Configurator
 
 from ws_celery import RequestAwareTask, immediately, task
-from ws_celery.bulk_messages import BulkPublication
+from ws_celery.bulk import BulkPublication
 from ws_celery.events import BeforeDispatch, TasksPublished
 from ws_celery.exceptions import ArgumentNotSerializable
 from ws_celery.testing import capture

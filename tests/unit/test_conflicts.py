@@ -12,7 +12,7 @@ from pymysql.err import IntegrityError, OperationalError
 from sqlalchemy.exc import DBAPIError
 
 from ws_celery import task
-from ws_celery.conflicts import is_conflict
+from ws_celery.transactional import is_conflict
 
 
 class Refused(Exception):
@@ -79,7 +79,7 @@ def test_pyramid_retry_and_database_drivers_are_not_needed():
     program = (
         "import sys, transaction\n"
         "sys.modules['pyramid_retry'] = None\n"
-        "from ws_celery.conflicts import is_conflict\n"
+        "from ws_celery.transactional import is_conflict\n"
         "assert not is_conflict(transaction.manager, LookupError(1213))\n"
         "assert 'sqlite3' not in sys.modules"
     )

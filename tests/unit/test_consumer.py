@@ -7,7 +7,7 @@ import os
 import pytest
 from kombu.asynchronous import Hub
 
-from ws_celery.consumer import _AfterNextPoll
+from ws_celery.worker import _AfterNextPoll
 
 
 def test_nothing_stays_open_if_the_last_acknowledgement_fails():

@@ -11,8 +11,8 @@ import transaction
 from kombu.exceptions import EncodeError
 
 from ws_celery import task
-from ws_celery.envelope import freeze_envelope
 from ws_celery.exceptions import OptionNotSendable
+from ws_celery.recording import freeze_envelope
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=timezone.utc)
 

@@ -8,11 +8,10 @@ import pytest
 from celery.schedules import BaseSchedule, schedule
 
 from ws_celery import task
-from ws_celery.beat.entry import Entry
-from ws_celery.beat.fitting import fitted
-from ws_celery.beat.merging import merge
+from ws_celery.beat.entries import Entry, fitted
+from ws_celery.beat.sources import merge
 from ws_celery.beat.ticks import next_tick
-from ws_celery.clocked import Clocked
+from ws_celery.schedules import Clocked
 
 
 @task(name="myapp.clean_up")

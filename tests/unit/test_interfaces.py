@@ -9,7 +9,7 @@ from zope.interface.verify import verifyClass, verifyObject
 
 from ws_celery import events, interfaces, task
 from ws_celery.app import PyramidCelery
-from ws_celery.datamanager import DispatchDataManager
+from ws_celery.transactions import DispatchDataManager
 
 
 @task(name="add")

@@ -13,7 +13,7 @@ import pytest
 from celery import _state, signature
 
 from ws_celery import celery_app, get_celery_app, task
-from ws_celery.applications import load_registry
+from ws_celery.app import load_registry
 from ws_celery.cli import main, main_group
 from ws_celery.cli.application import check_schedule, load_celery_app
 from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NoSuchEntry
@@ -383,7 +383,7 @@ def test_the_value_of_an_option_is_no_command(ws_celery, write_site, tmp_path, l
     code, printed, error = ws_celery(*(word.format(ini=ini) for word in line))
 
     assert code == 0, error
-    assert "loader   -> ws_celery.lifecycle.PyramidLoader" in printed
+    assert "loader   -> ws_celery.worker.PyramidLoader" in printed
     assert times_loaded(name) == 1
 
 
@@ -405,7 +405,7 @@ def test_no_variable_of_the_environment_names_another_application(
     code, printed, error = ws_celery("report", "--ini", ini)
 
     assert code == 0, error
-    assert "loader   -> ws_celery.lifecycle.PyramidLoader" in printed
+    assert "loader   -> ws_celery.worker.PyramidLoader" in printed
 
 
 @pytest.mark.parametrize(

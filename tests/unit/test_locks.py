@@ -17,9 +17,8 @@ from ws_celery.events import LockLost, TaskSkipped
 from ws_celery.exceptions import LockGone, LocksUnavailable, Skipped
 from ws_celery.interfaces import ILockLost, ITaskSkipped
 from ws_celery.locks import Held, Holder
-from ws_celery.locks.choice import store_of
-from ws_celery.locks.memory import MemoryStore
-from ws_celery.locks.renewal import Renewal
+from ws_celery.locks.holding import MemoryStore, store_of
+from ws_celery.locks.keeper import Renewal
 
 
 def key_of(template, function, *args, **kwargs):

@@ -14,8 +14,7 @@ from zope.interface.verify import verifyObject
 
 from ws_celery import task
 from ws_celery.interfaces import IRequestPropagator
-from ws_celery.propagation import PROPAGATORS
-from ws_celery.request import HEADER
+from ws_celery.request import HEADER, PROPAGATORS
 
 
 @task(name="tell")

@@ -14,8 +14,8 @@ from kombu.exceptions import OperationalError
 from tests.waiting import SOON, wait_for
 
 from ws_celery import ConfigurationError, task
-from ws_celery.dispatch import Publication
 from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled
+from ws_celery.recording import Publication
 from ws_celery.spool import Spool
 
 

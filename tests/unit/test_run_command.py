@@ -9,8 +9,7 @@ import psutil
 import pytest
 from pyramid.exceptions import ConfigurationExecutionError
 
-from ws_celery.contrib.commands import CommandFailed, CommandNotAllowed, run_command
-from ws_celery.contrib.programs import ProgramError
+from ws_celery.contrib.commands import CommandFailed, CommandNotAllowed, ProgramError, run_command
 from ws_celery.exceptions import ConfigurationError
 
 

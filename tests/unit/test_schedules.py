@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tests.walks import walk
 
 from ws_celery.converters import Refused
-from ws_celery.schedules import SCHEDULE_TYPES, describe, parse_schedule
-from ws_celery.zoned import ZonedCrontab
+from ws_celery.schedules import SCHEDULE_TYPES, ZonedCrontab, describe, parse_schedule
 
 BERLIN = "Europe/Berlin"
 

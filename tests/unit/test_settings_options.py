@@ -15,8 +15,7 @@ from kombu import Exchange, Queue
 
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import celery_settings
-from ws_celery.settings.names import OLD_NAMES, REMOVED, find_option
-from ws_celery.settings.options import KINDS, MISSING, OPTIONS
+from ws_celery.settings.options import KINDS, MISSING, OLD_NAMES, OPTIONS, REMOVED, find_option
 
 #: Text, the Python value that it stands for, and a text that is refused, for each kind by name.
 KIND_EXAMPLES = {

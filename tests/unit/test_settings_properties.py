@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import read_configuration, survey
-from ws_celery.settings.inifile import Scan
 from ws_celery.settings.keys import ANNOTATION_KEYS, ENTRY_KEYS, QUEUE_KEYS, ROUTE_KEYS
-from ws_celery.settings.names import OLD_NAMES, REMOVED
-from ws_celery.settings.options import OPTIONS
+from ws_celery.settings.options import OLD_NAMES, OPTIONS, REMOVED
+from ws_celery.settings.reader import Scan
 
 relaxed = settings(
     max_examples=100,

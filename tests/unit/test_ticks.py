@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.walks import walk
 
-from ws_celery.beat.entry import Entry
+from ws_celery.beat.entries import Entry
 from ws_celery.beat.ticks import LATE, due_tick, next_tick, ticks_between
-from ws_celery.clocked import Clocked
-from ws_celery.schedules import parse_schedule
+from ws_celery.schedules import Clocked, parse_schedule
 
 BERLIN = "Europe/Berlin"
 SECOND, HOUR, DAY = timedelta(seconds=1), timedelta(hours=1), timedelta(days=1)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from ws_celery.cli.aliases import view
-from ws_celery.cli.beat import beat
 from ws_celery.cli.outbox import list_rows
-from ws_celery.cli.queues import peek
-from ws_celery.cli.relay import relay
+from ws_celery.cli.queues import peek, view
 from ws_celery.cli.results import results
 from ws_celery.cli.schedule import next_ticks
+from ws_celery.cli.worker import beat, relay
 
 
 @pytest.mark.parametrize("command", [relay, beat])

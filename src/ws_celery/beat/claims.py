@@ -9,20 +9,63 @@ from datetime import datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ws_celery.beat.entry import Entry, Known
-from ws_celery.beat.overlap import is_kept, is_unfinished, unfinished_rows
-from ws_celery.beat.sending import record
-from ws_celery.beat.ticks import due_tick
-from ws_celery.dispatch import Publication
+from celery.beat import BeatLazyFunc
+
+from ws_celery.beat.ticks import due_tick, is_kept, is_unfinished, unfinished_rows
 from ws_celery.masking import logger_of
 from ws_celery.outages import Service
+from ws_celery.recording import Publication, RecordingProducer
 
 if TYPE_CHECKING:
+    from ws_celery.beat.entries import Entry, Known
     from ws_celery.beat.store import Store
 
-__all__ = ("Claims", "Outcome")
+__all__ = (
+    "ENTRY_HEADER",
+    "TICK_HEADER",
+    "Claims",
+    "Outcome",
+    "record",
+)
 
 log = logger_of(__name__)
+
+#: Headers that tell a task which entry it is run for, and which tick, in UTC.
+ENTRY_HEADER, TICK_HEADER = "ws_celery_entry", "ws_celery_tick"
+
+
+def record(app: Any, entry: Entry, tick: datetime) -> tuple[str, list[Publication]]:
+    """Return the id of the task of a tick, and its messages, which the caller sends.
+
+    :param tick: the nominal time.
+    """
+    publications: list[Publication] = []
+    options = dict(entry.options)
+    headers = {
+        **(options.pop("headers", None) or {}),
+        "celery_beat_task": True,  # as Celery's own beat says it
+        ENTRY_HEADER: entry.name,
+        TICK_HEADER: tick.isoformat(),
+    }
+    result = app.tasks[entry.task].apply_async(
+        _evaluated(entry.args),
+        _evaluated(entry.kwargs),
+        producer=RecordingProducer(app.producer_pool.connections.connection, publications),
+        headers=headers,
+        **options,
+    )
+    return result.id, publications
+
+
+def _evaluated(values: Any) -> Any:
+    """Return arguments, with those that Celery's users let beat make at each tick."""
+    if isinstance(values, Mapping):
+        return {key: _value(value) for key, value in values.items()}
+    return tuple(map(_value, values))
+
+
+def _value(value: Any) -> Any:
+    return value() if isinstance(value, BeatLazyFunc) else value
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from celery import beat
 
-from ws_celery.beat.health import HealthFile
+from ws_celery.beat.scheduler import HealthFile
 from ws_celery.beat.sources import check_sources, install
 from ws_celery.masking import logger_of
 

@@ -7,6 +7,8 @@ transaction of their own without.
 from __future__ import annotations
 
 import json
+import selectors
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
@@ -15,22 +17,27 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    Column,
     Connection,
     Engine,
     Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
     bindparam,
     delete,
     false,
     func,
     insert,
     literal,
+    text,
     update,
 )
 from sqlalchemy import select as select_
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-from ws_celery.beat.entry import Known
-from ws_celery.beat.table import schedule_table
+from ws_celery.beat.entries import LONGEST_NAME, Known
 from ws_celery.exceptions import (
     NoSuchEntry,
     ScheduleReadOnly,
@@ -38,10 +45,101 @@ from ws_celery.exceptions import (
     ScheduleUnavailable,
     ScheduleUnreachable,
 )
-from ws_celery.outbox.database import Database
-from ws_celery.outbox.table import aware, seconds_from_now
+from ws_celery.masking import logger_of
+from ws_celery.outbox.store import Database
+from ws_celery.outbox.tables import LongText, Time, aware, seconds_from_now
 
-__all__ = ("Locked", "Revision", "Store")
+__all__ = (
+    "Listener",
+    "Locked",
+    "Revision",
+    "Store",
+    "schedule_table",
+)
+
+log = logger_of(__name__)
+
+#: Two names that differ in case are two entries, whatever the collation of the database says.
+_Name = String(LONGEST_NAME).with_variant(
+    mysql.VARCHAR(LONGEST_NAME, collation="utf8mb4_bin"), "mysql", "mariadb"
+)
+
+
+def schedule_table(name: str = "ws_celery_schedule", metadata: MetaData | None = None) -> Table:
+    """Return the definition of the schedule's table.
+
+    A row is what the database knows of one entry, wherever that comes from.
+
+    :param name: name of the table; ``schema.name`` for another schema than the default one.
+    :param metadata: where to define it: the application's, for Alembic and its tests; one of its
+        own if not given.
+    """
+    schema, _, bare = name.rpartition(".")
+    return Table(
+        bare,
+        MetaData() if metadata is None else metadata,
+        Column("name", _Name, primary_key=True),
+        Column("origin", String(8), nullable=False, comment="code, ini or database"),
+        Column("fields", LongText, nullable=True, comment="what was edited; a JSON object"),
+        Column("last_run_at", Time, nullable=True, comment="the tick that was sent last"),
+        Column("task_id", String(255), nullable=True, comment="of the task that was sent last"),
+        Column("sent_at", Time, nullable=True, comment="when that task was sent"),
+        Column("seen_at", Time, nullable=True, comment="when a beat first looked at it"),
+        Column("run_requested_at", Time, nullable=True, comment="to be sent now, once"),
+        Column("version", Integer, nullable=False, comment="counts the edits"),
+        Column("changed_at", Time, nullable=False, comment="by an edit"),
+        schema=schema or None,
+        comment="Entries of the schedule, and their last ticks: ws_celery",
+    )
+
+
+class Listener:
+    """Listens to NOTIFY, on a connection of its own.
+
+    :param store: the schedule in the database.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._connection: Any = None
+        self._driver: Any = None
+
+    def open(self) -> None:
+        """Begin to listen, unless it does; nothing happens where the database cannot tell."""
+        engine = self._store.engine
+        if self._connection is not None or engine.dialect.name != "postgresql":
+            return
+        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        driver = connection.connection.driver_connection
+        if not hasattr(driver, "fileno"):
+            connection.close()  # a driver whose socket cannot be waited for
+            return
+        connection.execute(text(f'LISTEN "{self._store.channel}"'))
+        self._connection, self._driver = connection, driver
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, or until an edit; return whether there was one."""
+        if self._connection is None:
+            time.sleep(seconds)
+            return False
+        try:
+            with selectors.DefaultSelector() as selector:  # select() takes no descriptor above 1023
+                selector.register(self._driver.fileno(), selectors.EVENT_READ)
+                ready = selector.select(seconds)
+            if ready:
+                self._connection.execute(text("SELECT 1"))  # takes what has come off the socket
+        except Exception as error:  # noqa: BLE001  whatever a driver raises: it is opened anew
+            log.debug("Listening has ended: %s", error)
+            self.close()
+            return True
+        return bool(ready)
+
+    def close(self) -> None:
+        """Stop listening."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.invalidate()  # it listens: not for the pool
+            connection.close()
 
 
 class Revision(NamedTuple):

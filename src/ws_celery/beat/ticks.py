@@ -6,17 +6,131 @@ different times find the same tick, so that one of them can claim it for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from celery import states
+from celery.backends.base import DisabledBackend
 from celery.schedules import BaseSchedule, crontab, schedule
 
-from ws_celery.beat.entry import Entry
-from ws_celery.clocked import Clocked
-from ws_celery.zoned import ZonedCrontab
+from ws_celery.events import SKIPPED
+from ws_celery.schedules import Clocked, ZonedCrontab
 
-__all__ = ("LATE", "due_tick", "next_tick", "ticks_between")
+if TYPE_CHECKING:
+    from ws_celery.beat.entries import Entry
+
+__all__ = (
+    "LATE",
+    "Agenda",
+    "due_tick",
+    "is_kept",
+    "is_unfinished",
+    "next_tick",
+    "nothing_tells",
+    "ticks_between",
+    "unfinished_rows",
+)
+
+
+class Agenda:
+    """When to look at which entry; each name has one time at most.
+
+    Times are seconds since the epoch, by the clock that all beats share.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, str]] = []
+        self._times: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def put(self, name: str, time: float) -> None:
+        """Look at an entry at this time, and not when it was said before."""
+        self._times[name] = time
+        heapq.heappush(self._heap, (time, name))
+
+    def drop(self, name: str) -> None:
+        """Do not look at an entry any more."""
+        self._times.pop(name, None)
+
+    def next(self) -> float | None:
+        """Return the time of the next entry, or ``None`` if there is none."""
+        heap = self._heap
+        while heap and self._times.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def take(self, now: float, limit: int) -> list[str]:
+        """Take the entries whose time has come out of it, the earliest first."""
+        names: list[str] = []
+        while len(names) < limit and (time := self.next()) is not None and time <= now:
+            name = heapq.heappop(self._heap)[1]
+            del self._times[name]
+            names.append(name)
+        return names
+
+    def overdue(self, since: float) -> int:
+        """Return for how many entries the time came before ``since``."""
+        time = self.next()
+        if time is None or time >= since:
+            return 0
+        return sum(each < since for each in self._times.values())
+
+
+#: Celery's own ends, and that of a run that another one has kept from running.
+_ENDED = states.READY_STATES | {SKIPPED}
+
+
+def is_kept(app: Any, entry: Entry) -> bool:
+    """Tell whether the row that the task of an entry has in the outbox tells its end."""
+    if app.outbox is None or app.eager is not None:
+        return False
+    return bool(getattr(app.tasks.get(entry.task), "outbox", True))
+
+
+def nothing_tells(app: Any, entry: Entry) -> str | None:
+    """Return why nothing can tell when the task of an entry has ended; ``None`` if something can.
+
+    :param entry: its task is one of the application's.
+    """
+    if app.eager is not None or is_kept(app, entry):
+        return None
+    if isinstance(app.backend, DisabledBackend):
+        return "the application has no result_backend"
+    if entry.options.get("ignore_result", app.tasks[entry.task].ignore_result):
+        return f"the results of {entry.task} are ignored"
+    return None
+
+
+def unfinished_rows(app: Any, connection: Any, task_ids: Mapping[str, str]) -> set[str]:
+    """Return which tasks still have their row: they wait, or run.
+
+    :param task_ids: name of the entry to the id of the task.
+    """
+    if not task_ids:
+        return set()
+    waiting = app.outbox.rows.waiting(connection, task_ids.values())
+    return {name for name, task_id in task_ids.items() if task_id in waiting}
+
+
+def is_unfinished(app: Any, task_id: str, since: datetime, now: datetime) -> bool:
+    """Tell by its result whether a task waits, or runs.
+
+    A result that has not come within ``result_expires`` is not waited for any longer: the task was
+    lost.
+
+    :param since: when it was sent.
+    """
+    longest = app.conf.result_expires or timedelta(days=1)
+    if not isinstance(longest, timedelta):
+        longest = timedelta(seconds=longest)
+    if now - since > longest:
+        return False
+    return app.AsyncResult(task_id).state not in _ENDED
+
 
 #: By how much a tick may be late and is still run like any other; later ones have been missed.
 LATE = timedelta(seconds=5)

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kombu.serialization import prepare_accept_content
 from kombu.serialization import registry as serializers
 from pyramid.settings import asbool
 
-from ws_celery.app import PyramidCelery
-from ws_celery.beat.fitting import problem_of_queue
+from ws_celery.beat.entries import problem_of_queue
 from ws_celery.beat.sources import entries_of, problems_of_sources
 from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
@@ -27,6 +26,9 @@ from ws_celery.logs import has_logging
 from ws_celery.masking import masked, masked_text
 from ws_celery.settings import Configuration, Place, Setting
 from ws_celery.tasks import problem_of_request
+
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
 
 __all__ = ("check_pool", "entries_of_code", "look_at_application")
 

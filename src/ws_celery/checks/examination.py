@@ -10,15 +10,14 @@ from configparser import InterpolationError
 
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
-from ws_celery.app import PyramidCelery
-from ws_celery.applications import get_celery_app, load_registry
+from ws_celery.app import PyramidCelery, get_celery_app, load_registry
 from ws_celery.checks.application import entries_of_code, look_at_application
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
 from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded, WsCeleryError
 from ws_celery.logs import set_up_logging
 from ws_celery.masking import masked_text
 from ws_celery.settings import WITHOUT_EFFECT, Configuration, survey
-from ws_celery.settings.interpolation import interpolation_problem
+from ws_celery.settings.reader import interpolation_problem
 
 __all__ = ("examine", "explain")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ws_celery.masking import masked
-from ws_celery.settings import Place, Setting
+
+if TYPE_CHECKING:
+    from ws_celery.settings import Place, Setting
 
 __all__ = ("ERROR", "NOTE", "WARNING", "Finding", "Report", "shown")
 

@@ -23,29 +23,29 @@ from celery.platforms import EX_UNAVAILABLE
 from click_didyoumean import DYMGroup
 from kombu.exceptions import OperationalError
 
-from ws_celery.app import PyramidCelery
-from ws_celery.applications import INI_VARIABLE
+from ws_celery import __version__
+from ws_celery.app import INI_VARIABLE, PyramidCelery
 from ws_celery.checks import check_pool
-from ws_celery.cli.aliases import clean, run, view
-from ws_celery.cli.application import check_schedule, find_ini, load_celery_app
-from ws_celery.cli.arguments import Options, looks_like_ini, options_given, take_ini_uri
-from ws_celery.cli.beat import beat
-from ws_celery.cli.call import call
+from ws_celery.cli.application import (
+    Options,
+    check_schedule,
+    find_ini,
+    load_celery_app,
+    looks_like_ini,
+    options_given,
+    take_ini_uri,
+)
 from ws_celery.cli.check import check
 from ws_celery.cli.development import demo, dev
-from ws_celery.cli.flower import flower
 from ws_celery.cli.locks import locks
 from ws_celery.cli.outbox import outbox
-from ws_celery.cli.queues import purge, queues
-from ws_celery.cli.relay import relay
-from ws_celery.cli.result import result
-from ws_celery.cli.results import results
+from ws_celery.cli.queues import clean, purge, queues, run, view
+from ws_celery.cli.results import result, results
 from ws_celery.cli.schedule import schedule
 from ws_celery.cli.shell import shell
-from ws_celery.cli.status import status
 from ws_celery.cli.tables import SafeContext, echo
-from ws_celery.cli.tasks import tasks, workers
-from ws_celery.cli.worker import multi, worker
+from ws_celery.cli.tasks import call, status, tasks, workers
+from ws_celery.cli.worker import beat, flower, multi, relay, worker
 from ws_celery.exceptions import (
     BrokerUnavailable,
     CannotPeek,
@@ -65,7 +65,6 @@ from ws_celery.exceptions import (
 )
 from ws_celery.masking import masked_text
 from ws_celery.settings import INI_VARIABLES, ini_variables
-from ws_celery.version import __version__
 
 __all__ = ("main", "main_group")
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +14,9 @@ from ws_celery.checks import Finding, Report, examine, shown
 from ws_celery.cli.application import find_ini
 from ws_celery.cli.tables import echo, table
 from ws_celery.masking import printable
-from ws_celery.settings import Place, Setting
+
+if TYPE_CHECKING:
+    from ws_celery.settings import Place, Setting
 
 __all__ = ("check",)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ws_celery import inspection
 from ws_celery.cli.tables import confirm, echo, table
-from ws_celery.inspection import Holder
+
+if TYPE_CHECKING:
+    from ws_celery.inspection import Holder
 
 __all__ = ("locks",)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.tables import confirm, echo, fields_of, table, time_of
-from ws_celery.cli.values import LIMIT
-from ws_celery.inspection import OutboxRow, OutboxState
+from ws_celery.cli.tables import LIMIT, confirm, echo, fields_of, table, time_of
+
+if TYPE_CHECKING:
+    from ws_celery.inspection import OutboxRow, OutboxState
 
 __all__ = ("outbox",)
 

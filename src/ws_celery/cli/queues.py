@@ -12,11 +12,17 @@ import click
 from celery.bin.purge import purge as celery_purge
 
 from ws_celery import inspection
-from ws_celery.cli.tables import arguments_of, confirm, echo, table, time_of
-from ws_celery.cli.values import LIMIT
+from ws_celery.cli.tables import LIMIT, arguments_of, confirm, echo, table, time_of
+from ws_celery.cli.worker import worker
 from ws_celery.inspection import Purged, QueueState, WaitingMessage
 
-__all__ = ("purge", "queues")
+__all__ = (
+    "clean",
+    "purge",
+    "queues",
+    "run",
+    "view",
+)
 
 _HEADINGS = ("QUEUE", "WAITING", "UNACKED", "CONSUMERS", "OLDEST", "")
 _MESSAGES = ("ID", "TASK", "ARGUMENTS", "ETA", "RETRIES", "ORIGIN")
@@ -203,3 +209,23 @@ def _age(since: datetime | None) -> str:
         return "-"
     age = datetime.now(timezone.utc) - since
     return str(timedelta(seconds=max(int(age.total_seconds()), 0)))
+
+
+def _renamed(command: click.Command, name: str, short_help: str) -> click.Command:
+    alias = copy.copy(command)
+    alias.name, alias.short_help = name, short_help
+    return alias
+
+
+run = _renamed(worker, "run", "Start worker instance; the same as worker.")
+clean = _renamed(purge, "clean", "Throw away what waits in all queues; the same as purge.")
+
+
+@click.command
+@click.option("--limit", type=LIMIT, default=100, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.pass_context
+def view(context: click.Context, limit: int, as_json: bool) -> None:
+    """Show what waits in the default queue; `queues peek` shows it of any."""
+    name = context.obj.app.conf.task_default_queue
+    context.invoke(peek, name=name, limit=limit, as_json=as_json)

@@ -4,28 +4,136 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.schedule_file import read_entries, written
-from ws_celery.cli.schedule_text import (
-    cells,
-    health_lines,
-    others,
-    standing,
-    tick_cells,
-    time_text,
-    value_text,
-)
-from ws_celery.cli.tables import echo, table
-from ws_celery.cli.values import LIMIT
+from ws_celery.cli.tables import LIMIT, echo, table
+from ws_celery.converters import Refused, json_value
+from ws_celery.exceptions import ConfigurationError
 
-__all__ = ("schedule",)
+if TYPE_CHECKING:
+    from ws_celery.inspection import ComingTick, ScheduleEntry, ScheduleHealth
+
+__all__ = (
+    "cells",
+    "health_lines",
+    "others",
+    "read_entries",
+    "schedule",
+    "standing",
+    "tick_cells",
+    "time_text",
+    "value_text",
+    "written",
+)
+
+
+def cells(entry: ScheduleEntry) -> tuple[str, ...]:
+    """Return the cells of a row of the table of entries."""
+    origin = entry.origin
+    if entry.edited:
+        origin = f"{origin}; database: {', '.join(entry.edited)}"
+    return (
+        entry.name,
+        entry.task,
+        entry.schedule,
+        entry.state,
+        origin,
+        time_text(entry.last_tick),
+        time_text(entry.next_tick),
+    )
+
+
+def others(entry: ScheduleEntry, field: str) -> str:
+    """Return what other sources say of a field, which does not count."""
+    others = entry.overridden.get(field, {})
+    return ", ".join(f"{value_text(value)} ({source})" for source, value in others.items())
+
+
+def standing(entry: ScheduleEntry) -> Iterator[str]:
+    """Yield lines that say where an entry stands."""
+    yield f"state      {entry.state}"
+    yield f"runs       {entry.schedule}"
+    if entry.problem:
+        yield f"problem    {entry.problem}"
+    yield f"last tick  {time_text(entry.last_tick) or 'none that is known'}"
+    yield f"next tick  {time_text(entry.next_tick) or 'none'}"
+    if entry.task_id:
+        yield f"last task  {entry.task_id}"
+    if entry.run_requested_at:
+        yield f"wanted     now, since {time_text(entry.run_requested_at)}"
+
+
+def tick_cells(tick: ComingTick) -> tuple[str, ...]:
+    """Return the cells of a row of the table of ticks."""
+    return time_text(tick.time), tick.name, tick.task
+
+
+def health_lines(found: ScheduleHealth) -> Iterator[str]:
+    """Yield lines that say how beats do."""
+    if found.age is None:
+        yield "No beat has sent anything yet."
+    else:
+        yield f"The last tick was {found.age:.0f} s ago."
+    if found.overdue:
+        yield f"Overdue: {', '.join(found.overdue)}."
+    if found.unseen:
+        yield f"No beat has looked at: {', '.join(found.unseen)}."
+    yield "healthy" if found.is_healthy else "not healthy"
+
+
+def value_text(value: Any) -> str:
+    """Return the value of a field as people would write it."""
+    return json.dumps(value) if isinstance(value, (Mapping, list, bool)) else str(value)
+
+
+def time_text(time: datetime | None) -> str:
+    """Return a time in UTC, to the second; nothing for none."""
+    return time.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S") if time else ""
+
+
+def read_entries(file: Path) -> dict[str, Any]:
+    """Return the entries of a JSON file.
+
+    :raises ConfigurationError: if it holds none.
+    """
+    try:
+        entries = json_value(file.read_text(encoding="utf-8"))
+    except (Refused, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{file}: {error}. `ws-celery schedule export` prints what can be read here."
+        ) from None
+    if not isinstance(entries, dict):
+        raise ConfigurationError(
+            f'{file}: is no JSON object of entries, such as {{"nightly": {{"enabled": false}}}}.'
+        )
+    return entries
+
+
+def written(entries: Mapping[str, Mapping[str, Any]], form: str) -> Iterator[str]:
+    """Yield the lines of a file.
+
+    :param form: ``json`` or ``ini``.
+    """
+    if form == "json":
+        yield json.dumps(entries, indent=2, ensure_ascii=False)
+        return
+    for name, fields in entries.items():
+        yield f"[celerybeat:{name}]"
+        for field, value in fields.items():
+            yield f"{field} = {_ini_text(value)}"
+        yield ""
+
+
+def _ini_text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.splitlines()).replace("%", "%%")
+
 
 _HEADINGS = ("ENTRY", "TASK", "SCHEDULE", "STATE", "FROM", "LAST TICK", "NEXT TICK")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")

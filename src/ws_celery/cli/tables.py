@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import click
 from celery.bin.base import CLIContext
@@ -17,7 +19,40 @@ from ws_celery.app import PyramidCelery
 from ws_celery.masking import MASK, masked_text, printable
 from ws_celery.shown_arguments import shown_value
 
-__all__ = ("SafeContext", "arguments_of", "confirm", "echo", "fields_of", "table", "time_of")
+__all__ = (
+    "LIMIT",
+    "HealthFile",
+    "SafeContext",
+    "arguments_of",
+    "confirm",
+    "echo",
+    "fields_of",
+    "table",
+    "time_of",
+)
+
+#: How many to show at most, as all databases take it.
+LIMIT = click.IntRange(1, 2**31 - 1)
+
+
+class HealthFile(click.Path):
+    """A file that can be written, or made. It is not yet: that would tell that all is well."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        file = cast("Path", super().convert(value, param, ctx))
+        folder = file.parent
+        if not (folder.is_dir() and (file.exists() or os.access(folder, os.W_OK | os.X_OK))):
+            self.fail(
+                f"'{folder}' is no folder that a file can be made in. Make it, or name another "
+                "one.",
+                param,
+                ctx,
+            )
+        return file
+
 
 #: What Celery writes in colours, and what it says of a message that it moves.
 _COLOURS = re.compile(r"(\x1b\[[\d;]*m)")

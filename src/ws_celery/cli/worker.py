@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
+from celery.app.defaults import DEFAULTS
 from celery.apps.multi import MultiParser, Node
+from celery.bin.base import LOG_LEVEL, CeleryOption
+from celery.bin.beat import beat as celery_beat
 from celery.bin.multi import MultiTool
 from celery.bin.multi import multi as celery_multi
 from celery.bin.worker import detach
 from celery.bin.worker import worker as celery_worker
 
-__all__ = ("multi", "worker")
+from ws_celery.beat import SCHEDULER
+from ws_celery.cli.tables import HealthFile
+from ws_celery.exceptions import ConfigurationError, WsCeleryError
+from ws_celery.masking import logger_of
+
+__all__ = (
+    "LAST_RUNS_VARIABLE",
+    "beat",
+    "flower",
+    "multi",
+    "relay",
+    "worker",
+)
+
+log = logger_of(__name__)
 
 _PROGRAM = ("-m", "ws_celery")
 
@@ -87,3 +108,106 @@ $ ws-celery worker --ini production.ini --autoscale=10,0
 
 multi = copy.copy(celery_multi)
 multi.callback = _multi
+
+
+#: Environment variable that names the file of the last runs where nothing else does.
+LAST_RUNS_VARIABLE = "WS_CELERY_LAST_RUNS"
+
+
+@click.pass_context
+def _beat(context: click.Context, /, health_file: Path | None, **options: Any) -> Any:
+    app, scheduler = context.obj.app, options["scheduler"]
+    if health_file is not None and scheduler != SCHEDULER:
+        raise click.UsageError(
+            f"--health-file is for the scheduler {SCHEDULER}, and this is {scheduler}."
+        )
+    if app.schedule is not None and scheduler != SCHEDULER:
+        raise click.UsageError(
+            f"the scheduler {scheduler} does not read the schedule in the database. Take out "
+            "--scheduler, or ws_celery.beat = true."
+        )
+    app.beat_health_file = health_file
+    if options["schedule"] == DEFAULTS["beat_schedule_filename"]:
+        options["schedule"] = os.environ.get(LAST_RUNS_VARIABLE) or options["schedule"]
+    return context.invoke(celery_beat.callback, **options)
+
+
+beat = copy.copy(celery_beat)
+beat.callback = _beat
+beat.params = [
+    *celery_beat.params,
+    CeleryOption(
+        ["--health-file"],
+        type=HealthFile(),
+        help_group="Beat Options",
+        help="Write FILE every few seconds while beat ticks, and what it needs answers.",
+    ),
+]
+
+
+@click.command
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 100_000),
+    default=1000,
+    show_default=True,
+    help="How many messages one transaction claims and one flush sends.",
+)
+@click.option(
+    "--health-file",
+    type=HealthFile(),
+    help="Touch FILE whenever database and broker have answered, at least every few seconds.",
+)
+@click.option("-l", "--loglevel", type=LOG_LEVEL, default="INFO", show_default=True)
+@click.option("-f", "--logfile", help="Where to log to. [default: stderr]")
+@click.pass_context
+def relay(
+    context: click.Context, batch: int, health_file: Path | None, loglevel: str, logfile: str | None
+) -> None:
+    """Send what is due in the outbox: what could not be published, has an eta, or got lost.
+
+    Every beat does so too, in a thread. Any number of both may run at once. SIGTERM and SIGINT let
+    it finish the batch in hand.
+    """
+    app = context.obj.app
+    if app.outbox is None:
+        raise ConfigurationError(
+            "The application has no outbox: there is nothing to send. Switch it on with "
+            "`ws_celery.outbox = true`."
+        )
+    app.log.setup(loglevel, logfile)
+    app.outbox.relay.batch = batch
+    app.outbox.relay.health_file = health_file
+    _check(app.outbox)
+    _run(app.outbox.relay)
+
+
+def _check(outbox: Any) -> None:
+    try:
+        with outbox.begin() as connection:
+            outbox.rows.seconds_until_due(connection)
+    except WsCeleryError:
+        raise  # it would not mend itself
+    except outbox.errors as error:
+        log.debug("%s", error)  # a database that is down comes back; the relay says so
+
+
+def _run(relay: Any) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _end)
+    # It ends with the main thread; signals reach only that one. Not join(): one that a signal
+    # interrupts takes the thread for ended, and Python would not wait for it.
+    thread = relay.start()
+    while thread.is_alive():
+        time.sleep(1)
+
+
+def _end(signum: int, _frame: Any) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second one kills
+    sys.exit(0)
+
+
+@click.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def flower() -> None:
+    """Watch workers and tasks in the browser, by Flower (not installed)."""
+    raise ConfigurationError("Flower is not installed. Install it: pip install flower.")

@@ -5,25 +5,211 @@ Switched on by ``imports = ws_celery.contrib.backup`` or ``config.include`` of t
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ws_celery.contrib.backup_databases import libpq_variables, title_of
-from ws_celery.contrib.backup_stores import Store, store_of
-from ws_celery.contrib.programs import ProgramError, run_program
+from ws_celery.contrib.commands import ProgramError, run_program
 from ws_celery.declaration import task
 from ws_celery.exceptions import ConfigurationError, WsCeleryError
 from ws_celery.masking import masked_text
 from ws_celery.settings import our_setting
 from ws_celery.tasks import RequestAwareTask
 
-__all__ = ("BackupFailed", "backup", "includeme")
+__all__ = (
+    "BackupFailed",
+    "Store",
+    "backup",
+    "includeme",
+    "libpq_variables",
+    "store_of",
+    "title_of",
+)
+
+#: Environment variables of libpq, by the options of a connection.
+_VARIABLES = {
+    "host": "PGHOST",
+    "hostaddr": "PGHOSTADDR",
+    "port": "PGPORT",
+    "dbname": "PGDATABASE",
+    "database": "PGDATABASE",  # asyncpg and pg8000
+    "user": "PGUSER",
+    "password": "PGPASSWORD",
+    "passfile": "PGPASSFILE",
+    "require_auth": "PGREQUIREAUTH",
+    "channel_binding": "PGCHANNELBINDING",
+    "service": "PGSERVICE",
+    "servicefile": "PGSERVICEFILE",
+    "options": "PGOPTIONS",
+    "application_name": "PGAPPNAME",
+    "sslmode": "PGSSLMODE",
+    "ssl": "PGSSLMODE",  # asyncpg
+    "requiressl": "PGREQUIRESSL",
+    "sslnegotiation": "PGSSLNEGOTIATION",
+    "sslcompression": "PGSSLCOMPRESSION",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "sslcertmode": "PGSSLCERTMODE",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcrl": "PGSSLCRL",
+    "sslcrldir": "PGSSLCRLDIR",
+    "sslsni": "PGSSLSNI",
+    "requirepeer": "PGREQUIREPEER",
+    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
+    "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
+    "min_protocol_version": "PGMINPROTOCOLVERSION",
+    "max_protocol_version": "PGMAXPROTOCOLVERSION",
+    "gssencmode": "PGGSSENCMODE",
+    "krbsrvname": "PGKRBSRVNAME",
+    "gsslib": "PGGSSLIB",
+    "gssdelegation": "PGGSSDELEGATION",
+    "connect_timeout": "PGCONNECT_TIMEOUT",
+    "client_encoding": "PGCLIENTENCODING",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
+    "load_balance_hosts": "PGLOADBALANCEHOSTS",
+}
+
+#: What tells one server from another.
+_SERVER = ("PGSERVICE", "PGHOSTADDR", "PGHOST", "PGPORT")
+
+#: Characters of a name that a file has, at most: file systems allow 255 bytes for all of it.
+_LONGEST = 50
+
+
+def libpq_variables(url: Any) -> dict[str, str]:
+    """Return what a URL of SQLAlchemy says of a connection, as libpq's environment variables.
+
+    Not as arguments of a program, which every user of the machine can read.
+    """
+    # The dialect knows how its driver is told: several hosts, with ports or without.
+    _, options = url.get_dialect()().create_connect_args(url)
+    # Last, because a dialect may have taken them for itself.
+    given = {**url.query, **options}
+    return {
+        _VARIABLES[option]: text
+        for option, value in given.items()
+        if option in _VARIABLES and (text := _text(value))
+    }
+
+
+def title_of(url: Any) -> str:
+    """Return a name for the dumps of one database, which those of no other have."""
+    if url.get_backend_name() == "sqlite":
+        path = Path(url.database).absolute()
+        return _title(path.stem, [str(path)])
+    given = {**os.environ, **libpq_variables(url)}
+    return _title(url.database, [*(given.get(name, "") for name in _SERVER), url.database])
+
+
+def _title(name: str, identity: Iterable[str]) -> str:
+    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:10]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:_LONGEST]}-{digest}"
+
+
+def _text(value: Any) -> str:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return ",".join("" if part is None else str(part) for part in parts)
+
+
+#: Schemes of URLs that are folders of this machine.
+_LOCAL = ("file", "local")
+
+
+class Store(Protocol):
+    """A place that holds dumps."""
+
+    def put(self, dump: Path, name: str) -> str:
+        """Keep a file; it is complete when it has its name. Returns where it is."""
+
+    def names(self) -> list[str]:
+        """Return the names of all files."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file."""
+
+
+def store_of(target: str) -> Store:
+    """Return what a folder or URL names, made if it is not there.
+
+    :raises ConfigurationError: if it is a URL, and fsspec is not installed.
+    """
+    scheme, is_url, rest = target.partition("://")
+    if not is_url:
+        return _Folder(Path(target))
+    return _Folder(Path(rest)) if scheme in _LOCAL else _Remote(target)
+
+
+def _unfinished(name: str) -> str:
+    return f"{name}.part"
+
+
+class _Folder:
+    """A folder of this machine, whose dumps are for their owner only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def put(self, dump: Path, name: str) -> str:
+        unfinished = self._path / _unfinished(name)
+        try:
+            unfinished.touch(mode=0o600)
+            with dump.open("rb") as source, unfinished.open("wb") as copy:
+                while block := source.read(1 << 20):
+                    copy.write(block)
+                copy.flush()
+                os.fsync(copy.fileno())  # else the name may outlive a loss of power, alone
+            return str(unfinished.rename(self._path / name))
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def names(self) -> list[str]:
+        return [each.name for each in self._path.iterdir()]
+
+    def remove(self, name: str) -> None:
+        (self._path / name).unlink(missing_ok=True)
+
+
+class _Remote:
+    """A folder behind a URL, by fsspec."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import fsspec
+        except ImportError:
+            raise ConfigurationError(
+                "ws_celery.backup.target is a URL, which needs fsspec: "
+                "pip install 'ws-celery[backup]'."
+            ) from None
+        self._files, self._path = fsspec.core.url_to_fs(url)
+        self._files.makedirs(self._path, exist_ok=True)
+
+    def put(self, dump: Path, name: str) -> str:
+        place, unfinished = f"{self._path}/{name}", f"{self._path}/{_unfinished(name)}"
+        try:
+            self._files.put_file(str(dump), unfinished)
+            self._files.mv(unfinished, place)
+        except BaseException:
+            with suppress(Exception):  # what went wrong is told, not what follows from it
+                self._files.rm_file(unfinished)
+            raise
+        return str(self._files.unstrip_protocol(place))
+
+    def names(self) -> list[str]:
+        self._files.invalidate_cache()
+        return [each.rpartition("/")[2] for each in self._files.ls(self._path, detail=False)]
+
+    def remove(self, name: str) -> None:
+        self._files.rm_file(f"{self._path}/{name}")
+
 
 _NOWHERE = "-"
 _KEEP = 14

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from ws_celery.inspection.health import HealthOfPart, health
+from ws_celery.inspection.health import (
+    HealthOfPart,
+    ScheduleHealth,
+    health,
+    schedule_health,
+)
 from ws_celery.inspection.locks import Holder, free_lock, lock_holder, lock_holders
-from ws_celery.inspection.messages import WaitingMessage
 from ws_celery.inspection.outbox import (
     OutboxRow,
     OutboxState,
@@ -22,6 +26,7 @@ from ws_celery.inspection.queues import (
     Peeked,
     Purged,
     QueueState,
+    WaitingMessage,
     delete_queue,
     peek_queue,
     purge_queue,
@@ -38,21 +43,15 @@ from ws_celery.inspection.schedule import (
     schedule_entry,
 )
 from ws_celery.inspection.schedule_edits import (
+    Imported,
     add_schedule_entry,
     disable_schedule_entry,
     edit_schedule_entry,
     enable_schedule_entry,
-    remove_schedule_entry,
-    run_schedule_entry,
-)
-from ws_celery.inspection.schedule_health import (
-    ScheduleHealth,
-    schedule_health,
-)
-from ws_celery.inspection.schedule_transfer import (
-    Imported,
     export_schedule,
     import_schedule,
+    remove_schedule_entry,
+    run_schedule_entry,
     unexported_entries,
 )
 from ws_celery.inspection.tasks import RegisteredTask, registered_task, registered_tasks

@@ -12,9 +12,9 @@ from typing import Any
 
 from kombu.exceptions import OperationalError
 
+from ws_celery.control import RedisQueues
 from ws_celery.exceptions import BrokerUnavailable, CannotPeek
 from ws_celery.masking import masked_text
-from ws_celery.redis_queues import RedisQueues
 
 __all__ = ("Broker", "Depth", "connected")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ws_celery.applications import get_celery_app
+from ws_celery.app import get_celery_app
 from ws_celery.exceptions import NoSuchLock
 from ws_celery.locks import Holder
 

@@ -6,16 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from kombu.serialization import loads, prepare_accept_content
 
-from ws_celery.applications import get_celery_app
-from ws_celery.dispatch import Publication
+from ws_celery.app import get_celery_app
 from ws_celery.exceptions import BrokenRow, NoSuchRow, OutboxNotOn
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
+
+if TYPE_CHECKING:
+    from ws_celery.recording import Publication
 
 __all__ = (
     "OutboxRow",

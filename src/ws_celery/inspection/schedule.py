@@ -12,8 +12,8 @@ from datetime import datetime, timedelta, timezone
 from itertools import islice
 from typing import Any
 
-from ws_celery.applications import get_celery_app
-from ws_celery.beat.entry import FIELDS, Entry, Known
+from ws_celery.app import get_celery_app
+from ws_celery.beat.entries import FIELDS, Entry, Known
 from ws_celery.beat.sources import entries_of, entry_of, fields_by_source
 from ws_celery.beat.ticks import ticks_between
 from ws_celery.exceptions import NoSuchEntry, ScheduleNotOn

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import QueueNotFound
 
-from ws_celery.applications import get_celery_app
-from ws_celery.beat.entry import Entry, Known
+from ws_celery.app import get_celery_app
 from ws_celery.beat.sources import entries_of
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.inspection.schedule import look
 from ws_celery.shown_arguments import shown_value
+
+if TYPE_CHECKING:
+    from ws_celery.beat.entries import Entry, Known
 
 __all__ = ("RegisteredTask", "queue_of", "registered_task", "registered_tasks")
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from ws_celery.applications import get_celery_app
+from ws_celery.app import get_celery_app
 from ws_celery.exceptions import NoWorker
 from ws_celery.inspection.brokers import connected
-from ws_celery.inspection.messages import time_of
+from ws_celery.inspection.queues import time_of
 from ws_celery.shown_arguments import shown_arguments
 
 __all__ = (

@@ -15,24 +15,21 @@
 from __future__ import annotations
 
 from ws_celery.locks.holding import Held, Holder
-from ws_celery.locks.keeper import SKIPPED, Locks
+from ws_celery.locks.keeper import Locks
 from ws_celery.locks.rule import (
     OneInstance,
     apply_option,
-    check_key,
     check_rule,
     one_instance,
     rule_of,
 )
 
 __all__ = (
-    "SKIPPED",
     "Held",
     "Holder",
     "Locks",
     "OneInstance",
     "apply_option",
-    "check_key",
     "check_rule",
     "one_instance",
     "rule_of",

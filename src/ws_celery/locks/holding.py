@@ -7,14 +7,24 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from time import monotonic
 from typing import Any, Protocol
 from uuid import uuid4
 
-from ws_celery.exceptions import LockGone, LocksUnavailable
-from ws_celery.masking import logger_of
+from kombu import Connection
 
-__all__ = ("Held", "Holder", "Store")
+from ws_celery.exceptions import ConfigurationError, LockGone, LocksUnavailable
+from ws_celery.masking import logger_of
+from ws_celery.settings import our_setting
+
+__all__ = (
+    "Held",
+    "Holder",
+    "MemoryStore",
+    "Store",
+    "store_of",
+)
 
 log = logger_of(__name__)
 
@@ -223,3 +233,122 @@ class Held:
                 return
             self._lost = True
         self.on_loss(self, reason)
+
+
+class MemoryStore:
+    """Keeps locks in this process: no other one sees them, and none outlives it."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._tokens = count(1)
+        self._held: dict[str, tuple[Held, float]] = {}
+
+    def acquire(self, held: Held) -> Holder | None:
+        """Take the lock, or return who has it."""
+        with self._mutex:
+            other = self._held.get(held.key)
+            if other is not None:
+                return _holder(*other)
+            held.token = next(self._tokens)
+            self._held[held.key] = held, monotonic()
+            return None
+
+    def renew(self, held: Held) -> bool:
+        """Return whether it is still held: nothing runs out here."""
+        return self._held.get(held.key, (None,))[0] is held
+
+    def release(self, held: Held) -> bool:
+        """Give it back; return whether it still was held."""
+        with self._mutex:
+            if not self.renew(held):
+                return False
+            del self._held[held.key]
+            return True
+
+    def abandon(self, held: Held) -> None:
+        """Do nothing: nobody waits here."""
+
+    def holders(self) -> list[Holder]:
+        """Return who holds locks, in the order of their keys."""
+        with self._mutex:
+            return [_holder(*self._held[key]) for key in sorted(self._held)]
+
+    def holder_of(self, key: str) -> Holder | None:
+        """Return who holds the lock of a key, if somebody does."""
+        found = self._held.get(key)
+        return None if found is None else _holder(*found)
+
+    def free(self, holder: Holder) -> bool:
+        """Take the lock away from this holder; return whether he still had it."""
+        with self._mutex:
+            found = self._held.get(holder.key)
+            if found is None or found[0].token != holder.token:
+                return False
+            del self._held[holder.key]
+            return True
+
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
+
+def _holder(held: Held, since: float) -> Holder:
+    age = monotonic() - since
+    return Holder(held.key, held.token, held.task, held.id, held.host, held.pid, age)
+
+
+_REDIS = ("redis", "rediss", "sentinel", "valkey", "valkeys")
+
+
+def store_of(app: Any) -> Store:
+    """Return the store that ``ws_celery.locks`` names.
+
+    If it is not set: the Redis of the broker, else that of the results, else the database; this
+    process where the broker is ``memory://``.
+    """
+    conf = app.conf
+    wanted = our_setting(app.registry.settings, "ws_celery.locks", "auto")
+    if wanted == "auto":
+        wanted = _default(conf)
+    if wanted == "memory":
+        return MemoryStore()
+    if wanted == "database":
+        from ws_celery.locks.postgresql import PostgresqlStore  # needs SQLAlchemy
+
+        return PostgresqlStore(app)
+    if wanted == conf.result_backend:
+        options, ssl = conf.result_backend_transport_options, conf.redis_backend_use_ssl
+    else:
+        options, ssl = conf.broker_transport_options, conf.broker_use_ssl
+    return _redis_store(app, wanted, dict(options or {}), ssl)
+
+
+def _default(conf: Any) -> Any:
+    broker = conf.broker_write_url or conf.broker_url
+    for url in (broker, conf.result_backend):
+        if _is_redis(url):
+            return url
+    return "memory" if _scheme(broker) == "memory" else "database"
+
+
+def _redis_store(app: Any, url: str, options: dict[str, Any], ssl: Any) -> Store:
+    try:
+        from ws_celery.locks.redis_store import RedisStore
+    except ImportError as error:
+        raise ConfigurationError(
+            f"The locks are in Redis, and redis-py is missing ({error}). "
+            "Install `ws-celery[redis]`, or set `ws_celery.locks = database`."
+        ) from error
+    prefix = options.get("global_keyprefix", "")
+    for option in ("socket_connect_timeout", "socket_timeout"):
+        options.setdefault(option, app.publisher.timeout)
+    connection = Connection(url, transport_options=options, ssl=ssl or False)
+    return RedisStore(connection, prefix)
+
+
+def _is_redis(url: Any) -> bool:
+    return _scheme(url) in _REDIS
+
+
+def _scheme(url: Any) -> str:
+    first = url[0] if isinstance(url, (list, tuple)) and url else url
+    return str(first or "").partition("://")[0].partition("+")[0]

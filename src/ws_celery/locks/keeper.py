@@ -2,28 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Task, states
 
-from ws_celery.events import LockLost, TaskSkipped, tell
+from ws_celery.events import SKIPPED, LockLost, TaskSkipped, tell
 from ws_celery.exceptions import Duplicate, LockHeld, Skipped
-from ws_celery.locks.choice import store_of
-from ws_celery.locks.holding import Held, Holder, Store
-from ws_celery.locks.renewal import Renewal
-from ws_celery.locks.rule import OneInstance
+from ws_celery.locks.holding import Held, Holder, Store, store_of
+from ws_celery.locks.rule import rule_of
 from ws_celery.masking import logger_of
 
-__all__ = ("SKIPPED", "Locks")
+if TYPE_CHECKING:
+    from ws_celery.locks.rule import OneInstance
+
+__all__ = (
+    "Locks",
+    "Renewal",
+)
 
 log = logger_of(__name__)
 
-#: The state of a task that another one with its key has kept from running.
-SKIPPED = "SKIPPED"
+
+class Renewal:
+    """A thread that looks after all locks which runs of this process hold; it ends with the last.
+
+    It asks the store nothing itself, because that may not answer: each renewal is a short thread
+    of its own, so that one that waits does not keep the other locks from being renewed, and the
+    loss of its own from being told. Where gevent or eventlet have patched the standard library,
+    they are greenlets.
+    """
+
+    def __init__(self) -> None:
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self._condition = threading.Condition()
+        self._held: set[Held] = set()
+        self._thread: threading.Thread | None = None
+        self._wakes_at = 0.0
+
+    def add(self, held: Held) -> None:
+        """Renew a lock from now on."""
+        if self._pid != os.getpid():
+            self._begin_anew()  # threads and their locks do not survive a fork
+        with self._condition:
+            self._held.add(held)
+            if self._thread is None:
+                thread = _thread(self._run)
+                thread.start()  # it may fail, and is to be tried again by the next run then
+                self._thread = thread
+            elif held.due < self._wakes_at:
+                self._condition.notify()
+
+    def end(self, held: Held) -> None:
+        """Give a lock back, and do not wait for its store without end."""
+        with self._condition:
+            held.ending()
+            if held.due < self._wakes_at:
+                self._condition.notify()
+        held.end()
+
+    def remove(self, held: Held) -> None:
+        """Renew it no more."""
+        with self._condition:
+            self._held.discard(held)
+
+    def _run(self) -> None:
+        while due := self._wait():
+            for held in due:
+                try:
+                    self._see_to(held)
+                except Exception:  # no more threads, or what a subscriber does
+                    log.exception("The lock %r could not be renewed", held.key)
+                    held.failed()
+
+    def _see_to(self, held: Held) -> None:
+        if held.begin():
+            _thread(self._keep, held).start()
+        else:
+            self.remove(held)
+            held.give_up()
+
+    def _keep(self, held: Held) -> None:
+        try:
+            kept = held.keep()
+        except Exception:
+            log.exception("The lock %r could not be renewed", held.key)
+            held.failed()
+            kept = True
+        with self._condition:
+            if not kept:
+                self._held.discard(held)
+            self._condition.notify()  # it is due at another time
+
+    def _wait(self) -> list[Held]:
+        """Return what is due, as soon as something is; nothing if there is nothing to renew."""
+        with self._condition:
+            while self._held:
+                now = monotonic()
+                due = [held for held in self._held if held.due <= now]
+                if due:
+                    return due
+                self._wakes_at = min(held.due for held in self._held)
+                self._condition.wait(self._wakes_at - now)
+            self._thread = None
+            return []
+
+
+def _thread(target: Callable[..., None], *args: Any) -> threading.Thread:
+    return threading.Thread(target=target, args=args, name="ws_celery locks", daemon=True)
+
 
 #: Seconds between two tries to take a lock: the first time, and at most.
 _PAUSES = 0.01, 0.25
@@ -43,6 +138,17 @@ class Locks:
     def store(self) -> Store:
         """Where the locks are."""
         return store_of(self._app)
+
+    def check_key(
+        self, task: Task | None, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+    ) -> None:
+        """Check that the key of a run can be made, when the task is called.
+
+        :param task: what is called, as far as this process knows it.
+        :raises TypeError: if it cannot.
+        """
+        if task is not None and (rule := rule_of(task)) is not None and rule.fields:
+            rule.key_of(task, args or (), kwargs or {})
 
     def close(self) -> None:
         """Close the connections that no run holds a lock with."""

@@ -7,16 +7,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kombu import Connection
 from redis import Redis
-from redis.commands.core import Script
 from redis.exceptions import RedisError
 
 from ws_celery.exceptions import LocksUnavailable
 from ws_celery.locks.holding import Held, Holder
 from ws_celery.masking import masked_text
+
+if TYPE_CHECKING:
+    from redis.commands.core import Script
 
 __all__ = ("RedisStore",)
 

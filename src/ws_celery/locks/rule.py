@@ -16,7 +16,7 @@ from celery._state import get_current_task
 from ws_celery.converters import nearest
 from ws_celery.exceptions import ConfigurationError, Fault
 
-__all__ = ("OneInstance", "apply_option", "check_key", "check_rule", "one_instance", "rule_of")
+__all__ = ("OneInstance", "apply_option", "check_rule", "one_instance", "rule_of")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -148,18 +148,6 @@ def check_rule(task: Task) -> None:
     """
     if getattr(task.run, "one_instance", None) is None and (rule := _inherited(type(task))):
         rule._check_fields(type(task).run)
-
-
-def check_key(
-    task: Task | None, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
-) -> None:
-    """Check that the key of a run can be made, when the task is called.
-
-    :param task: what is called, as far as this process knows it.
-    :raises TypeError: if it cannot.
-    """
-    if task is not None and (rule := rule_of(task)) is not None and rule.fields:
-        rule.key_of(task, args or (), kwargs or {})
 
 
 def _inherited(cls: type) -> OneInstance | None:

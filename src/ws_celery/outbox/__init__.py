@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from pyramid.config import PHASE3_CONFIG
 
-from ws_celery.applications import get_celery_app
+from ws_celery.app import get_celery_app
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.outbox.store import Outbox
-from ws_celery.outbox.table import outbox_table
+from ws_celery.outbox.tables import outbox_table
 from ws_celery.settings import our_setting
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def includeme(config: Any) -> None:
     """Keep the dispatches of the application in its database until they have taken effect."""
     # Before PHASE3, where tasks are registered, and before the setting is looked at.
     config.action("ws_celery.outbox", _switch_on, args=(config,), order=PHASE3_CONFIG - 2)
-    config.include("ws_celery.relay")
+    config.include("ws_celery.outbox.relay")
 
 
 def _switch_on(config: Any) -> None:
@@ -36,7 +36,7 @@ def _switch_on(config: Any) -> None:
     settings = config.registry.settings
     app.outbox = Outbox(
         app,
-        table=our_setting(settings, "ws_celery.outbox.table", "ws_celery_outbox"),
+        table=our_setting(settings, "ws_celery.outbox.tables", "ws_celery_outbox"),
         lease=our_setting(settings, "ws_celery.outbox.lease", 300.0),
         max_deliveries=our_setting(settings, "ws_celery.outbox.max_deliveries", 10),
     )

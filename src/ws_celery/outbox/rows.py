@@ -36,7 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DataError
 
-from ws_celery.outbox.table import aware, seconds_from_now
+from ws_celery.outbox.tables import aware, seconds_from_now
 
 __all__ = ("UNREADABLE", "Rows")
 
@@ -60,7 +60,7 @@ _KEEPALIVE: list[ColumnElement[str]] = [
 class Rows:
     """What can be done with the rows of one table.
 
-    :param table: as :func:`~ws_celery.outbox.table.outbox_table` defines it.
+    :param table: as :func:`~ws_celery.outbox.tables.outbox_table` defines it.
     """
 
     def __init__(self, table: Table) -> None:

@@ -28,15 +28,16 @@ What is accepted::
 
 from __future__ import annotations
 
-from ws_celery.settings.application import our_setting
 from ws_celery.settings.configuration import (
+    INI_VARIABLES,
     Configuration,
     celery_settings,
+    ini_variables,
+    our_setting,
     read_configuration,
     survey,
 )
-from ws_celery.settings.environment import INI_VARIABLES, ini_variables
-from ws_celery.settings.faults import Place
+from ws_celery.settings.kinds import Place
 from ws_celery.settings.options import WITHOUT_EFFECT
 from ws_celery.settings.sections import Setting
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import socket
 import ssl
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from celery.app.backends import BACKEND_ALIASES
+from celery.utils.imports import symbol_by_name
 from celery.utils.time import rate
 from kombu import compression
 from kombu.serialization import registry as serializers
@@ -38,15 +40,19 @@ from ws_celery.settings.kinds import (
 )
 
 __all__ = (
+    "ANNOTATIONS",
     "BACKEND",
     "BROKER",
     "BROKER_SIDE",
+    "CALLBACK",
+    "COMMANDS",
     "COMPRESSION",
     "CONTENT",
     "DATABASE",
     "DELIVERY_MODE",
     "ENGINE_OPTIONS",
     "EXCHANGE_TYPE",
+    "FAILOVER",
     "PORT",
     "PRIORITY",
     "QUEUES",
@@ -54,14 +60,15 @@ __all__ = (
     "QUEUE_TYPE",
     "RATE",
     "RETRY_POLICY",
+    "ROUTES",
     "SERIALIZER",
     "TABLE_NAMES",
     "TLS",
     "TRANSPORT",
     "TRANSPORT_KEYS",
     "TRANSPORT_OPTIONS",
+    "dotted",
 )
-
 
 #: SQLAlchemy's URLs begin so; Celery's and kombu's have a prefix.
 _DATABASES = frozenset(
@@ -426,4 +433,158 @@ TLS = replace(
     convert=_tls,
     types=(bool, Mapping),
     finish=lambda value: value if isinstance(value, bool) else _TLS.finish(value),
+)
+
+
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*")
+
+
+def _resolve(text: str) -> Any:
+    """Return what a dotted name, ``package.module:name`` or ``package.module.name``, stands for.
+
+    :raises Refused: if it cannot be imported.
+    """
+    if not _DOTTED.fullmatch(text):
+        raise Refused
+    try:
+        return symbol_by_name(text)
+    except Exception as error:  # noqa: BLE001  whatever the imported module does
+        raise Refused(f"cannot be imported ({type(error).__name__}: {error})") from None
+
+
+def _callback(value: Any) -> Any:
+    """Return ``value`` if it can be called."""
+    if not callable(value):
+        raise Refused("cannot be called")
+    return value
+
+
+CALLBACK = Kind(
+    "callable", "the dotted name of a function", "logging:getLogger", _resolve, (object,), _callback
+)
+
+
+def dotted(name: str, example: str, *aliases: str) -> Kind:
+    """Return the kind of a class by dotted name or alias, which Celery imports where it is used."""
+
+    def convert(text: str) -> str:
+        if text in aliases or _DOTTED.fullmatch(text):
+            return text
+        raise Refused(close=nearest(text, aliases))
+
+    words = f"{', '.join(aliases)} or " if aliases else ""
+    return Kind(name, f"{words}the dotted name of a class", example, convert, (type,))
+
+
+FAILOVER = Kind(
+    "failover strategy",
+    "round-robin, shuffle or the dotted name of a function",
+    "shuffle",
+    lambda text: text if text in ("round-robin", "shuffle") else _callback(_resolve(text)),
+    (object,),
+    lambda value: value if isinstance(value, str) else _callback(value),
+)
+
+
+def _routers(value: Any) -> Any:
+    """Resolve the dotted names of routers; check that a mapping has mappings or queue names."""
+    if isinstance(value, str):
+        return _resolve(value)
+    if isinstance(value, (list, tuple)):
+        return [_router(each) for each in value]
+    if callable(value):
+        return value
+    if not all(isinstance(route, (str, dict)) and route for route in value.values()):
+        raise Refused("has a route that is neither a queue name nor an object")
+    return dict(value)
+
+
+def _router(value: Any) -> Any:
+    # A pair of pattern and route, or a router like those that stand alone.
+    if isinstance(value, (list, tuple)):
+        if len(value) != 2 or not isinstance(value[0], str):
+            raise Refused("has a route that is no pair of pattern and queue")
+        return tuple(value)
+    if not isinstance(value, (str, dict)) and not callable(value):
+        raise Refused("has an item that is no router")
+    return _routers(value)
+
+
+def _annotations(value: Any) -> Any:
+    if isinstance(value, str):
+        return _resolve(value)
+    if isinstance(value, (list, tuple)):
+        return [_annotations(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(annotation, dict) for annotation in value.values()):
+        raise Refused("has an annotation that is no object")
+    return dict(value)
+
+
+def _json_or_name(text: str) -> Any:
+    if not text:
+        raise Refused("is empty")
+    return json_value(text) if text[0] in "{[" else text
+
+
+ROUTES = Kind(
+    "routes",
+    "a JSON object of tasks and queues, or the dotted name of a router",
+    '{"myapp.tasks.*": {"queue": "slow"}}',
+    _json_or_name,
+    (object,),
+    _routers,
+)
+ANNOTATIONS = Kind(
+    "annotations",
+    "a JSON object of tasks and their attributes, or a dotted name",
+    '{"myapp.tasks.slow": {"rate_limit": "10/m"}}',
+    _json_or_name,
+    (object,),
+    _annotations,
+)
+
+
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+def _lines(text: str) -> dict[str, str]:
+    commands: dict[str, str] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, _, command = (part.strip() for part in line.partition("="))
+        if name in commands:
+            raise Refused(f"has {name} twice")
+        commands[name] = command
+    return commands
+
+
+def _split(commands: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for name, command in commands.items():
+        if not _NAME.fullmatch(name):
+            raise Refused(f"has a line without a name, or the name {name!r}")
+        try:
+            found[name] = tuple(shlex.split(command))
+            words = shlex.split(command, posix=False)
+        except ValueError as error:
+            raise Refused(f"has {name}: {error}") from None
+        if any(word.startswith((";", "#")) for word in words):
+            raise Refused(
+                f"has {name} with ; or # before a word, which needs quotes or its own line"
+            )
+        if not found[name] or found[name][0] == "...":
+            raise Refused(f"has {name} without a program")
+    return found
+
+
+#: By line, so that a program has its own spaces and commas.
+COMMANDS = Kind(
+    "commands",
+    "a line `name = program argument ...` for each command; the last word ... lets a call add more",
+    "update_index = update_index site.ini ...",
+    _lines,
+    (dict,),
+    _split,
+    prose=True,
 )

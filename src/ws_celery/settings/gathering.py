@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ws_celery.converters import nearest
 from ws_celery.schedules import KEYS_OF_TYPES
-from ws_celery.settings.faults import Faults, Place, Value
-from ws_celery.settings.kinds import miswritten
-from ws_celery.settings.layers import Layer
-from ws_celery.settings.names import REMOVED, find_option, option_names
-from ws_celery.settings.options import OPTIONS
+from ws_celery.settings.kinds import Faults, Place, Value, miswritten
+from ws_celery.settings.options import OPTIONS, REMOVED, find_option, option_names
+
+if TYPE_CHECKING:
+    from ws_celery.settings.reader import Layer
 
 __all__ = ("Block", "Found", "Gathering", "Renamed", "is_for_celery")
 

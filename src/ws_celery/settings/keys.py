@@ -10,6 +10,7 @@ from kombu import Exchange, Queue
 
 from ws_celery.converters import Refused, nearest
 from ws_celery.settings.broker_kinds import (
+    COMMANDS,
     COMPRESSION,
     DELIVERY_MODE,
     EXCHANGE_TYPE,
@@ -19,7 +20,6 @@ from ws_celery.settings.broker_kinds import (
     RETRY_POLICY,
     SERIALIZER,
 )
-from ws_celery.settings.command_kinds import COMMANDS
 from ws_celery.settings.kinds import (
     BASE_URL,
     BOOL,
@@ -215,7 +215,7 @@ OUR_SETTINGS: dict[str, Kind] = {
     "ws_celery.commands.timeout": replace(_PATIENCE, example="1h"),
     "ws_celery.beat": BOOL,
     "ws_celery.beat.poll": replace(_PATIENCE, example="2"),
-    "ws_celery.beat.table": replace(
+    "ws_celery.beat.store": replace(
         TEXT, expected="the name of a table, with its schema or without", example="tasks.schedule"
     ),
     "ws_celery.config_uri": replace(
@@ -229,7 +229,7 @@ OUR_SETTINGS: dict[str, Kind] = {
     "ws_celery.outbox.lease": replace(_PATIENCE, example="300"),
     "ws_celery.outbox.max_deliveries": whole(1),
     "ws_celery.outbox.poll": replace(_PATIENCE, example="1"),
-    "ws_celery.outbox.table": replace(
+    "ws_celery.outbox.tables": replace(
         TEXT, expected="the name of a table, with its schema or without", example="tasks.outbox"
     ),
     "ws_celery.propagate": replace(

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 import zope.sqlalchemy
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from ws_celery.beat.table import schedule_table
+from ws_celery.beat.store import schedule_table
 from ws_celery.outbox import outbox_table
 
 
