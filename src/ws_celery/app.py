@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import plaster
 import transaction
-from celery import Celery, _state
+from celery import Celery
 from celery.app.backends import by_url
 from celery.app.task import Context
 from celery.app.utils import bugreport
@@ -28,6 +28,7 @@ from pyramid.registry import Registry
 from pyramid.threadlocal import manager as threadlocals
 from zope.interface import implementer
 
+from ws_celery.compat import open_transaction, replace_current_app, wrap_errbacks
 from ws_celery.eager import EagerWorker, MemoryBackend
 from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotIncluded
@@ -116,7 +117,7 @@ def _app_at_hand() -> PyramidCelery | None:
 
 def _app_of_the_transaction() -> PyramidCelery | None:
     # Not get(): it would make a transaction that nobody finishes.
-    txn = transaction.manager.manager._txn
+    txn = open_transaction(transaction.manager.manager)
     try:
         app: PyramidCelery | None = None if txn is None else txn.data(ICeleryApp)
     except KeyError:
@@ -206,9 +207,7 @@ def answer_celery() -> None:
     web, a bootstrap, a shell or a run; without one it is what Celery was told by ``set_current()``,
     else the only application that is loaded, else Celery's default. Nothing is loaded.
     """
-    # Celery has no public way to ask for the current app anew in each thread at each look.
-    if not isinstance(_state._tls, _CurrentApp):
-        _state._tls = _CurrentApp(_state._tls)
+    replace_current_app(lambda told: told if isinstance(told, _CurrentApp) else _CurrentApp(told))
 
 
 class _CurrentApp:
@@ -482,7 +481,7 @@ class PyramidCelery(Celery):
         backend = super()._get_backend() if self.eager is None else MemoryBackend(self)
         fit(self, backend)
         # Celery has no other place from which it calls a task like a function.
-        backend._call_task_errbacks = _telling_tasks(backend._call_task_errbacks)
+        wrap_errbacks(backend, _telling_tasks)
         return backend
 
     def __reduce__(self) -> tuple[Any, ...]:

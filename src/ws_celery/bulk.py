@@ -21,6 +21,7 @@ from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 from kombu.utils.uuid import uuid
 
+from ws_celery.compat import GROUP_PROMISE, library_errors, make_group_promise
 from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.locks import rule_of
 from ws_celery.publishing import batch
@@ -186,14 +187,14 @@ class BulkResult(GroupResult):
 
     def __getattr__(self, name: str) -> Any:
         # What Celery computes from all the results, when a group is made.
-        if name not in ("on_ready", "_on_full"):
+        if name not in ("on_ready", GROUP_PROMISE):
             raise AttributeError(name)
         super().__init__(self.id, self.results, parent=self.parent, app=self._app)
         return self.__dict__[name]
 
     def iter_native(self, *args: Any, **options: Any) -> Any:
         """Yield the results as they arrive, as in Celery."""
-        self._on_full.ready  # noqa: B018 - made now: Celery 5.5 listens for no others
+        make_group_promise(self)
         return super().iter_native(*args, **options)
 
     def __len__(self) -> int:
@@ -345,7 +346,7 @@ def _send(app: Any, producer: Any, publications: list[Publication]) -> None:
 
 def _publish(producer: Any, publications: list[Publication]) -> None:
     first, *others = publications
-    with producer.connection._reraise_as_library_errors(), batch(producer, publications):
+    with library_errors(producer.connection), batch(producer, publications):
         first.publish(producer)
         for publication in others:
             publication.publish(producer, declare=None)

@@ -8,6 +8,8 @@ from typing import Any
 
 from celery.app.control import Control as CeleryControl
 
+from ws_celery.compat import priority_queue
+
 __all__ = (
     "Control",
     "RedisQueues",
@@ -58,7 +60,7 @@ class RedisQueues:
     def take(self, queue: str) -> Iterator[list[bytes]]:
         """Take what waits in a queue, in batches; what comes meanwhile may stay."""
         for step, length in self.lengths(queue).items():
-            name = self._channel._q_for_pri(queue, step)
+            name = priority_queue(self._channel, queue, step)
             for _ in range(0, length, BATCH):
                 yield self._take(name)
 
@@ -83,7 +85,7 @@ class RedisQueues:
 
     def _keys(self, command: str, queue: str) -> list[str]:
         channel = self._channel
-        names = [channel._q_for_pri(queue, step) for step in channel.priority_steps]
+        names = [priority_queue(channel, queue, step) for step in channel.priority_steps]
         return [self._key(command, name) for name in names]
 
     def _key(self, command: str, name: str) -> str:

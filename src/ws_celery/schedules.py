@@ -21,6 +21,7 @@ from celery.schedules import (
 )
 from celery.utils.time import ffwd
 
+from ws_celery.compat import crontab_fields, solar_events
 from ws_celery.converters import Refused, json_value, moment, nearest, period, utc
 
 __all__ = (
@@ -124,14 +125,8 @@ class ZonedCrontab(crontab):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = (
-            self._orig_minute,
-            self._orig_hour,
-            self._orig_day_of_week,
-            self._orig_day_of_month,
-            self._orig_month_of_year,
-        )
-        return partial(type(self), zone=self.zone, nowfun=self.nowfun), fields
+        make = partial(type(self), zone=self.zone, nowfun=self.nowfun)
+        return make, tuple(crontab_fields(self).values())
 
     def __eq__(self, other: object) -> bool:
         same = super().__eq__(other)
@@ -378,11 +373,11 @@ def _solar(value: Any) -> solar:
     if set(fields) != {"event", "lat", "lon"}:
         raise Refused("needs event, lat and lon, such as sunset 52.5 13.4")
     event = fields["event"]
-    if not isinstance(event, str) or event not in solar._all_events:
-        events = ", ".join(sorted(solar._all_events))
+    if not isinstance(event, str) or event not in solar_events():
+        events = ", ".join(sorted(solar_events()))
         raise Refused(
             f"has the unknown event {event!r}; the events are {events}",
-            nearest(str(event), solar._all_events),
+            nearest(str(event), solar_events()),
         )
     lat, lon = _degrees(fields, "lat", 90), _degrees(fields, "lon", 180)
     try:
@@ -459,7 +454,8 @@ def text_of_schedule(schedule: Any) -> dict[str, Any]:
     ``python``.
     """
     if isinstance(schedule, crontab):
-        line = " ".join(_field_text(getattr(schedule, f"_orig_{name}")) for name in _FIELDS)
+        fields = crontab_fields(schedule)
+        line = " ".join(_field_text(fields[name]) for name in _FIELDS)
         zone = getattr(schedule, "zone", None)
         return {"type": "crontab", "schedule": line, **({"timezone": zone} if zone else {})}
     if isinstance(schedule, solar):
@@ -484,7 +480,8 @@ def _field_text(field: Any) -> str:
 def describe(schedule: Any) -> str:
     """Return a schedule in words that fit on one line."""
     if isinstance(schedule, crontab):
-        line = " ".join(str(getattr(schedule, f"_orig_{name}")) for name in _FIELDS)
+        fields = crontab_fields(schedule)
+        line = " ".join(str(fields[name]) for name in _FIELDS)
         zone = getattr(schedule, "zone", None)
         return f"{line} ({zone})" if zone else line
     if isinstance(schedule, Clocked):

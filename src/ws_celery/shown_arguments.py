@@ -191,9 +191,9 @@ def _parameters(task: Any) -> Sequence[str]:
     header = getattr(task, "__header__", None)
     if header is None:
         return ()
-    names: Sequence[str] | None = vars(task).get("_names_of_arguments")
+    names: Sequence[str] | None = vars(task).get("ws_celery_parameters")
     if names is None:  # it is asked for at each call
-        names = task._names_of_arguments = _names(header)
+        names = task.ws_celery_parameters = _names(header)
     return names
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from celery import signals, states
-from celery._state import get_current_app
 from celery.app.events import Events as CeleryEvents
 from celery.bootsteps import StartStopStep
 from celery.concurrency import prefork
@@ -23,6 +22,7 @@ from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
 from celery.worker.request import Request as CeleryRequest
 
+from ws_celery.compat import get_current_app
 from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, listen, tell
 from ws_celery.exceptions import ConfigurationError, Duplicate, ForeignMessage, Skipped
 from ws_celery.logs import filter_handlers

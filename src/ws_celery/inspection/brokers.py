@@ -12,6 +12,7 @@ from typing import Any
 
 from kombu.exceptions import OperationalError
 
+from ws_celery.compat import delete_virtual_queue, virtual_queue_size
 from ws_celery.control import RedisQueues
 from ws_celery.exceptions import BrokerUnavailable, CannotPeek
 from ws_celery.masking import masked_text
@@ -108,7 +109,7 @@ class _Virtual(Broker):
             return ()
 
     def _depth(self, name: str) -> Depth | None:
-        return Depth(self.channel._size(name))
+        return Depth(virtual_queue_size(self.channel, name))
 
     def delete(self, name: str) -> None:
         channel = self.channel
@@ -116,7 +117,7 @@ class _Virtual(Broker):
         for queue in self._app.amqp.queues.values():
             for key, pattern, bound in self.bound(queue.exchange.name):
                 if bound == name:
-                    channel._delete(name, queue.exchange.name, key, pattern)
+                    delete_virtual_queue(channel, name, queue.exchange.name, key, pattern)
 
 
 class _Redis(_Virtual):

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
+from ws_celery.compat import limit_no_overflow
 from ws_celery.exceptions import LocksUnavailable
 from ws_celery.locks.holding import Held, Holder
 from ws_celery.masking import masked_text
@@ -244,7 +245,7 @@ class PostgresqlStore:
         pool = engine.pool.recreate()
         if isinstance(pool, QueuePool):
             # It keeps as many as the application's; a run beyond them opens one and closes it.
-            pool._max_overflow = -1
+            limit_no_overflow(pool)
         own = Engine(pool, engine.dialect, engine.url)
         return own.execution_options(isolation_level="AUTOCOMMIT")
 

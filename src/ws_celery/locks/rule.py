@@ -11,8 +11,8 @@ from string import Formatter
 from typing import Any, TypeVar
 
 from celery import Task
-from celery._state import get_current_task
 
+from ws_celery.compat import get_current_task
 from ws_celery.converters import nearest
 from ws_celery.exceptions import ConfigurationError, Fault
 
@@ -227,12 +227,12 @@ def _fields(key: str) -> tuple[str, ...]:
 
 def _signature(task: Task) -> inspect.Signature:
     """Return the signature of a task's messages; it is found once."""
-    signature: inspect.Signature | None = vars(task).get("_signature_of_messages")
+    signature: inspect.Signature | None = vars(task).get("ws_celery_signature")
     if signature is None:
         signature = inspect.signature(task.run)
         if getattr(task, "takes_request", False):
             signature = signature.replace(parameters=[*signature.parameters.values()][1:])
-        task._signature_of_messages = signature
+        task.ws_celery_signature = signature
     return signature
 
 

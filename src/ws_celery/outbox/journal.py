@@ -13,6 +13,7 @@ from kombu.entity import Queue
 from kombu.utils import json
 from zope.sqlalchemy import mark_changed
 
+from ws_celery.compat import resources_of
 from ws_celery.exceptions import BrokenRow, OutboxDetached
 from ws_celery.outbox.tables import LONGEST_NAME, aware
 from ws_celery.recording import ROW_HEADER, Publication, bare_key
@@ -216,8 +217,11 @@ class Journal:
             self._txn.addBeforeCommitHook(self._flush_and_write)
 
     def _admit_late(self, publications: list[Publication]) -> None:
-        resources = self._txn._resources  # no public name tells what has joined
-        mine = (each for each in resources if getattr(each, "session", None) is self._session)
+        mine = (
+            each
+            for each in resources_of(self._txn)
+            if getattr(each, "session", None) is self._session
+        )
         if any(each.tx.is_active for each in mine):
             self._insert(publications)  # a listener of the flush that the commit itself makes
         else:  # a listener of the session's commit, which takes no statement any more
@@ -290,7 +294,7 @@ def join(session: Any, txn: Any, what: str) -> None:
         mark_changed(session, _ManagerOf(txn))
     except ValueError as error:
         raise OutboxDetached(what, "the transaction commits already") from error
-    if not any(getattr(resource, "session", None) is session for resource in txn._resources):
+    if not any(getattr(resource, "session", None) is session for resource in resources_of(txn)):
         raise OutboxDetached(what, "the session of its request belongs to another transaction")
 
 

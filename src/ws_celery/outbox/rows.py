@@ -36,6 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DataError
 
+from ws_celery.compat import values_of_row
 from ws_celery.outbox.tables import aware, seconds_from_now
 
 __all__ = ("UNREADABLE", "Rows")
@@ -139,7 +140,7 @@ class Rows:
         :param row: the row of the run; a dead letter has its message.
         :param error: what the relay makes it a dead letter with, after ``lease`` seconds.
         """
-        values = {**row._asdict(), "id": row_id, "expires": None, "error": error}
+        values = {**values_of_row(row), "id": row_id, "expires": None, "error": error}
         values |= {"due_at": self._later, "deliveries": 0}
         connection.execute(insert(self.table).values(**values), {"seconds": lease})
 

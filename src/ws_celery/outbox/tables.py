@@ -27,6 +27,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from ws_celery.compat import type_affinity
+
 if TYPE_CHECKING:
     from sqlalchemy.exc import DBAPIError
 
@@ -215,8 +217,8 @@ def _differences(table: Table, found: Mapping[str, Any]) -> Iterator[str]:
 def _is_like(column: Column[Any], found: Mapping[str, Any]) -> bool:
     # Some databases have no UUID, and keep it as text.
     wanted: Any = column.type
-    accepted = {wanted._type_affinity} | ({String} if isinstance(wanted, Uuid) else set())
-    return found["type"]._type_affinity in accepted and found["nullable"] == column.nullable
+    accepted = {type_affinity(wanted)} | ({String} if isinstance(wanted, Uuid) else set())
+    return type_affinity(found["type"]) in accepted and found["nullable"] == column.nullable
 
 
 def _described(found: Mapping[str, Any]) -> str:

@@ -17,10 +17,10 @@ from typing import Any
 from celery.app.backends import BACKEND_ALIASES
 from celery.utils.imports import symbol_by_name
 from celery.utils.time import rate
-from kombu import compression
 from kombu.serialization import registry as serializers
 from kombu.transport import TRANSPORT_ALIASES
 
+from ws_celery.compat import compression_names
 from ws_celery.converters import Refused, json_value, nearest
 from ws_celery.settings.kinds import (
     ANYTHING,
@@ -203,7 +203,7 @@ def _content(values: list[Any]) -> list[str]:
 
 
 def _compression(text: str) -> str:
-    return _one_of({*compression._aliases, *compression._encoders}, text)
+    return _one_of(compression_names(), text)
 
 
 SERIALIZER = Kind("serializer", "a serializer such as json", "json", _serializer)

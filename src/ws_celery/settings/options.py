@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from celery.app import defaults
 from celery.app.defaults import NAMESPACES, flatten
 from celery.concurrency import ALIASES as POOLS
 
+from ws_celery.compat import OLD_NAMES_OF_SETTINGS
 from ws_celery.masking import is_secret
 from ws_celery.settings.broker_kinds import (
     ANNOTATIONS,
@@ -322,7 +322,7 @@ _OLDER = {
 #: Old upper-case names, to today's.
 OLD_NAMES: dict[str, str] = {
     **_OLDER,
-    **{old: new for old, new in defaults._TO_NEW_KEY.items() if old.lower() != new},
+    **{old: new for old, new in OLD_NAMES_OF_SETTINGS.items() if old.lower() != new},
 }
 
 _MAIL = "tell somebody from the signal task_failure, or with an error tracker"
