@@ -24,8 +24,8 @@ test: $(VENV)/dev ## Install, and run the tests with coverage
 	$(BIN)/coverage report
 
 chaos: $(VENV)/dev ## Kill real processes at every step, count the losses, write the table (CHAOS=options)
-	$(BIN)/python -m chaos $(CHAOS)
-	$(BIN)/python -m chaos.beats
+	$(BIN)/python -m tests.chaos $(CHAOS)
+	$(BIN)/python -m tests.chaos.beats
 
 lint: $(VENV)/dev ## Check style and the direction of imports
 	$(BIN)/ruff check .

@@ -9,10 +9,10 @@ from typing import Any
 
 from pyramid.config import global_registries
 from pyramid.request import Request
+from tests.proxy import delayed
 
 from benchmarks.harness import Case, Sides, stopwatch
 from benchmarks.plain import plain_celery
-from benchmarks.proxy import delayed
 from benchmarks.services import Services
 from benchmarks.site import DISPATCH, main, noop
 from ws_celery import get_celery_app

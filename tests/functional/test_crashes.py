@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from chaos.faults import POINTS
-from chaos.site import open_site
+from tests.chaos.faults import POINTS
+from tests.chaos.site import open_site
 
 #: Seconds until what must come has come, on a machine that has other things to do.
 PATIENCE = 90

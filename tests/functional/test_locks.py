@@ -1,12 +1,12 @@
 """Workers of all kinds that are killed while they hold a lock: never two at once, and soon free.
 
-``python -m chaos.locks`` does the same with more of everything.
+``python -m tests.chaos.locks`` does the same with more of everything.
 """
 
 from __future__ import annotations
 
 import pytest
-from chaos.locks import open_turns
+from tests.chaos.locks import open_turns
 
 ATTEMPTS = 12
 

@@ -11,8 +11,8 @@ import time
 
 import pytest
 import sqlalchemy as sa
-from chaos.faults import FAULTS
-from chaos.site import open_site
+from tests.chaos.faults import FAULTS
+from tests.chaos.site import open_site
 
 #: Seconds until what must come has come, on a machine that has other things to do.
 PATIENCE = 90

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
-import socketserver
 import threading
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from unittest.mock import Mock
 from urllib.parse import urlsplit
 
@@ -16,6 +15,7 @@ import redis
 import transaction
 from celery import chord, group
 from kombu import Producer
+from tests.proxy import Proxy
 from tests.waiting import SOON, wait_for
 
 from ws_celery import task
@@ -317,53 +317,16 @@ def test_tasks_are_sent_to_a_broker_that_was_restarted(make_app, down, start_bro
 # A broker that goes away between two commits
 
 
-class Proxy(socketserver.ThreadingTCPServer):
-    """Stands between us and a broker: it can fall silent, or hang up."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, broker):
-        super().__init__(("127.0.0.1", 0), None)
-        self.broker = broker
-        self.open = threading.Event()
-        self.open.set()
-        self.connections = []
-
-    def finish_request(self, client, _address):
-        with client, socket.create_connection(self.broker) as server:
-            self.connections.append(client)
-            back = threading.Thread(target=self.forward, args=(server, client))
-            back.start()
-            self.forward(client, server)
-            back.join()
-
-    def forward(self, source, target):
-        with suppress(OSError):
-            while data := source.recv(65536):
-                self.open.wait()
-                target.sendall(data)
-        for end in (source, target):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def hang_up(self):
-        for connection in self.connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture(params=["redis", "rabbitmq"])
 def through_proxy(request, make_app):
     """An application that has sent to its broker through a proxy; and the proxy."""
     broker = urlsplit(request.getfixturevalue(f"{request.param}_url"))
     if not broker.hostname or not broker.port:
         pytest.skip("the embedded broker has no port")
-    with Proxy((broker.hostname, broker.port)) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    target = broker.hostname, broker.port
+    with closing(Proxy(lambda: socket.create_connection(target))) as proxy:
         address = broker.netloc.replace(
-            f"{broker.hostname}:{broker.port}", f"127.0.0.1:{proxy.server_address[1]}"
+            f"{broker.hostname}:{broker.port}", f"127.0.0.1:{proxy.port}"
         )
         app = make_app(
             add, broker=broker._replace(netloc=address).geturl(), ws_celery__publish_timeout="4"
@@ -375,10 +338,6 @@ def through_proxy(request, make_app):
             connection.default_channel.queue_delete(app.celery.conf.task_default_queue)
             connection.default_channel.exchange_delete(app.celery.conf.task_default_exchange)
         app.celery.publisher.close()
-        proxy.open.set()
-        proxy.hang_up()
-        proxy.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
@@ -386,7 +345,7 @@ def test_a_broker_that_falls_silent_is_noticed_in_time_and_known_to_be_down(
     through_proxy, caplog, tasks
 ):
     app, proxy = through_proxy
-    proxy.open.clear()
+    proxy.freeze()
 
     assert seconds_of_a_commit(app, tasks) < 4 + MARGIN
     assert "these tasks may not have been sent: add[" in caplog.text
@@ -394,14 +353,14 @@ def test_a_broker_that_falls_silent_is_noticed_in_time_and_known_to_be_down(
         later = add.delay(app.request(), "later")
     assert "ws_celery.publish_cooldown = 5.0" in published(caplog)[-1].getMessage()
     assert f"sends these tasks later: add[{later.id}]" in published(caplog)[-1].getMessage()
-    proxy.open.set()
+    proxy.thaw()
     wait_for(lambda: not len(app.celery.publisher.spool))
     assert arguments(app)[-1] == "later"
 
 
 def test_a_connection_that_the_broker_has_closed_is_made_anew(through_proxy):
     app, proxy = through_proxy
-    proxy.hang_up()
+    proxy.reset()
     with transaction.manager:
         add.delay(2)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import socket
 import threading
 import uuid
 from contextlib import ExitStack
@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import zope.sqlalchemy
-from chaos.proxy import Proxy
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
+from tests.proxy import Proxy
 from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, one_instance, task
@@ -32,8 +32,8 @@ def through():
             if not parts.port:
                 pytest.skip("the embedded server has no port")
             target = parts.hostname, parts.port
-            proxy = Proxy(lambda: asyncio.open_connection(*target))
-            stack.callback(proxy.mend)
+            proxy = Proxy(lambda: socket.create_connection(target))
+            stack.callback(proxy.close)
             host = f"{parts.hostname}:{parts.port}"
             return proxy, url.replace(host, f"127.0.0.1:{proxy.port}")
 

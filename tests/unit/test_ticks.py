@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 from celery import Celery
 from celery.schedules import BaseSchedule, crontab, schedule
-from chaos.beats import Line
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.chaos.beats import Line
 from tests.walks import walk
 
 from ws_celery.beat.entries import Entry

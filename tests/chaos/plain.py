@@ -15,10 +15,9 @@ from celery import Celery, chain, group
 from celery.signals import worker_process_init
 from kombu.message import Message
 from sqlalchemy.orm import Session
-
-from chaos.crashpoints import reach, wrap
-from chaos.models import Effect, new_dispatch
-from chaos.web import arguments, run
+from tests.chaos.crashpoints import reach, wrap
+from tests.chaos.models import Effect, new_dispatch
+from tests.chaos.web import arguments, run
 
 __all__ = ("app",)
 

@@ -1,4 +1,4 @@
-"""``python -m chaos.beats``: beats that are killed, and lose their database and their broker."""
+"""``python -m tests.chaos.beats``: beats that are killed, and lose their database and broker."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from tests.chaos.fleet import Fleet
+from tests.chaos.services import Broker, Postgres
+from tests.chaos.ticking import Base
 
-from chaos.fleet import Fleet
-from chaos.services import Broker, Postgres
-from chaos.ticking import Base
 from ws_celery.beat.store import schedule_table
 from ws_celery.outbox import outbox_table
 
-_FOLDER = Path(__file__).parents[1] / "docs" / "guarantees"
+_FOLDER = Path(__file__).parents[2] / "docs" / "guarantees"
 
 #: Entries of the schedule; each ticks every second.
 ENTRIES = 5
@@ -29,7 +29,7 @@ _OUTAGE = 10
 
 _INI = """\
 [app:main]
-use = call:chaos.ticking:main
+use = call:tests.chaos.ticking:main
 pyramid.includes = pyramid_tm ws_celery
 sqlalchemy.url = {database}
 ws_celery.config_uri = %(__file__)s
@@ -39,7 +39,7 @@ ws_celery.beat = true
 
 [celery]
 broker_url = {broker}
-imports = chaos.ticking
+imports = tests.chaos.ticking
 """
 _ENTRY = "\n[celerybeat:e{number}]\ntask = tick\ntype = integer\nschedule = 1\n"
 
@@ -166,7 +166,7 @@ class Beats:
 
 def main() -> None:
     """Make the faults happen, write the table, and end with 1 if a promise was broken."""
-    parser = argparse.ArgumentParser(prog="chaos.beats", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tests.chaos.beats", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long beats are killed")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     parser.add_argument("--folder", type=Path, default=_FOLDER, help="where the table goes")

@@ -11,15 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-from chaos.services import owned
+from tests.chaos.services import owned
 
 __all__ = ("Fleet",)
 
 _TICK = 0.05
 
 #: The applications are modules of the checkout, which is not installed with the library.
-_FINDING_US = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+_FINDING_US = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
 class Fleet:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chaos.campaign import BACKLOG, Line
-from chaos.site import SYSTEMS
+from tests.chaos.campaign import BACKLOG, Line
+from tests.chaos.site import SYSTEMS
 
 __all__ = ("Report",)
 

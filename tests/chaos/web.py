@@ -1,8 +1,8 @@
 """The web process: requests one after another, as an application server would hand them over.
 
-``python -m chaos.web INI --rate 40 --seed 1`` goes on for ever; with ``--count`` it ends. While the
-file ``pause`` is in the directory of the crash points it waits. With ``--on-demand`` it dispatches
-what files there ask for.
+``python -m tests.chaos.web INI --rate 40 --seed 1`` goes on for ever; with ``--count`` it ends.
+While the file ``pause`` is in the directory of the crash points it waits. With ``--on-demand`` it
+dispatches what files there ask for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 
 from pyramid.paster import get_app
 from pyramid.request import Request
-
-from chaos.models import KINDS
+from tests.chaos.models import KINDS
 
 __all__ = ("main", "run")
 

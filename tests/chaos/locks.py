@@ -1,4 +1,4 @@
-"""``python -m chaos.locks``: processes that hold a one-instance lock are killed, at random.
+"""``python -m tests.chaos.locks``: processes that hold a one-instance lock are killed, at random.
 
 Every turn counts a number further that would lose a turn if two were taken at once, and only with a
 token that is greater than the last one.
@@ -22,16 +22,16 @@ import sqlalchemy as sa
 from celery import Celery
 from pyramid.paster import get_app
 from sqlalchemy.orm import Session
+from tests.chaos.fleet import Fleet
+from tests.chaos.turns import KEY, Base, Counter, Turn
 
-from chaos.fleet import Fleet
-from chaos.turns import KEY, Base, Counter, Turn
 from ws_celery import get_celery_app
 
 __all__ = ("Outcome", "Turns", "take_turns")
 
 _INI = """\
 [app:main]
-use = call:chaos.turns:main
+use = call:tests.chaos.turns:main
 pyramid.includes = pyramid_tm ws_celery
 tm.manager_hook = pyramid_tm.explicit_manager
 sqlalchemy.url = {database}
@@ -41,7 +41,7 @@ ws_celery.locks = {locks}
 [celery]
 broker_url = {broker}
 task_default_queue = {queue}
-imports = chaos.turns
+imports = tests.chaos.turns
 task_ignore_result = true
 worker_prefetch_multiplier = 1
 
@@ -204,7 +204,7 @@ def take_turns(turns: Turns, send: Any, attempts: int, every: float, seconds: fl
 
 def main() -> None:
     """Let workers take turns, kill them, and tell what came of it."""
-    parser = argparse.ArgumentParser("chaos.locks", description=__doc__)
+    parser = argparse.ArgumentParser("tests.chaos.locks", description=__doc__)
     parser.add_argument("--attempts", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=5)
     parser.add_argument("--concurrency", type=int, default=4)

@@ -1,4 +1,4 @@
-"""``python -m chaos``: run the crash matrix."""
+"""``python -m tests.chaos``: run the crash matrix."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chaos.campaign import Campaign, Line, failures
-from chaos.report import Report
-from chaos.site import SYSTEMS, open_site
+from tests.chaos.campaign import Campaign, Line, failures
+from tests.chaos.report import Report
+from tests.chaos.site import SYSTEMS, open_site
 
-_FOLDER = Path(__file__).parents[1] / "docs" / "guarantees"
+_FOLDER = Path(__file__).parents[2] / "docs" / "guarantees"
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
@@ -15,9 +14,9 @@ from typing import Any
 
 import redis
 import sqlalchemy as sa
+from tests.proxy import Proxy
 from tests.services import postgres_cluster
 
-from chaos.proxy import Proxy
 from ws_celery.cli import child
 from ws_celery.embedded import find_server
 
@@ -45,7 +44,7 @@ class Broker:
         ]
         self._client = redis.Redis(port=port)
         self._process: subprocess.Popen[bytes] | None = None
-        self.proxy = Proxy(lambda: asyncio.open_connection("127.0.0.1", port))
+        self.proxy = Proxy(lambda: socket.create_connection(("127.0.0.1", port)))
         self.url = f"redis://127.0.0.1:{self.proxy.port}/0"
 
     def start(self) -> None:
@@ -89,7 +88,7 @@ class Postgres:
         self._command, url, self._options = postgres_cluster(folder)
         self._process: subprocess.Popen[bytes] | None = None
         path = f"{url.query['host']}/.s.PGSQL.5432"
-        self.proxy = Proxy(lambda: asyncio.open_unix_connection(path))
+        self.proxy = Proxy(lambda: _unix_connection(path))
         #: For the application, through the proxy.
         self.url = (
             f"postgresql+psycopg://postgres@127.0.0.1:{self.proxy.port}/postgres"
@@ -146,6 +145,16 @@ class Sqlite:
     def stop(self) -> None:
         """Close it."""
         self.engine.dispose()
+
+
+def _unix_connection(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def owned(command: Sequence[Any]) -> list[Any]:

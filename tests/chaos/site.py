@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chaos.fleet import Fleet
-from chaos.models import Base
-from chaos.services import Broker, Postgres, Sqlite
-from chaos.tally import Tally
+from tests.chaos.fleet import Fleet
+from tests.chaos.models import Base
+from tests.chaos.services import Broker, Postgres, Sqlite
+from tests.chaos.tally import Tally
+
 from ws_celery.outbox import outbox_table
 
 __all__ = ("SYSTEMS", "Site", "open_site")
@@ -21,7 +22,7 @@ SYSTEMS = {"outbox": "outbox", "hook": "after-commit hook", "plain": "plain Cele
 
 _INI = """\
 [app:main]
-use = call:chaos.application:main
+use = call:tests.chaos.application:main
 pyramid.includes = pyramid_tm ws_celery
 tm.manager_hook = pyramid_tm.explicit_manager
 sqlalchemy.url = {database}
@@ -32,7 +33,7 @@ ws_celery.publish_cooldown = 1
 
 [celery]
 broker_url = {broker}
-imports = chaos.application
+imports = tests.chaos.application
 beat_schedule_filename = %(here)s/schedule
 task_ignore_result = true
 task_acks_late = {late}
@@ -100,14 +101,17 @@ class Site:
     def _programs(self) -> dict[str, list[str]]:
         ini = str(self.ini)
         pool = ["--concurrency=2", "--without-mingle", "--without-gossip", "--loglevel=warning"]
-        web = ["-m", "chaos.plain" if self.system == "plain" else "chaos.web", ini]
+        web = ["-m", "tests.chaos.plain" if self.system == "plain" else "tests.chaos.web", ini]
         programs = {
             "web": [*web, *self._web],
             "burst": [*web, "--count=1000", "--kind=delay"],
             "demand": [*web, "--on-demand"],
         }
         if self.system == "plain":
-            return {"worker": ["-m", "celery", "-A", "chaos.plain", "worker", *pool], **programs}
+            return {
+                "worker": ["-m", "celery", "-A", "tests.chaos.plain", "worker", *pool],
+                **programs,
+            }
         programs["worker"] = ["-m", "ws_celery", "worker", "--ini", ini, *pool]
         if self.system == "outbox":
             programs["relay"] = ["-m", "ws_celery", "relay", "--ini", ini]

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import psutil
-
-from chaos.site import Site
+from tests.chaos.site import Site
 
 __all__ = ("FAULTS", "POINTS", "Fault", "faults_of")
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-
-from chaos.models import Dispatch, Effect
+from tests.chaos.models import Dispatch, Effect
 
 __all__ = ("Counts", "Tally")
 

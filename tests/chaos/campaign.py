@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from chaos.faults import Fault, faults_of
-from chaos.site import Site
-from chaos.tally import Counts
+from tests.chaos.faults import Fault, faults_of
+from tests.chaos.site import Site
+from tests.chaos.tally import Counts
 
 __all__ = ("BACKLOG", "MIXED", "Campaign", "Line", "failures")
 

@@ -40,7 +40,7 @@ def main(_global_config: Any, **settings: str) -> Any:
         return session
 
     config.add_request_method(dbsession, reify=True)
-    config.scan("chaos.ticking")
+    config.scan("tests.chaos.ticking")
     return config.make_wsgi_app()
 
 

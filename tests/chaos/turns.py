@@ -57,7 +57,7 @@ def main(_global_config: Any, **settings: str) -> Any:
         return session
 
     config.add_request_method(dbsession, reify=True)
-    config.scan("chaos.turns")
+    config.scan("tests.chaos.turns")
     return config.make_wsgi_app()
 
 

@@ -11,9 +11,9 @@ from pyramid.config import Configurator
 from pyramid.response import Response
 from pyramid.view import view_config
 from sqlalchemy.orm import Session, sessionmaker
+from tests.chaos.crashpoints import reach, wire
+from tests.chaos.models import Effect, new_dispatch
 
-from chaos.crashpoints import reach, wire
-from chaos.models import Effect, new_dispatch
 from ws_celery import RequestAwareTask, TransactionalTask, task
 
 __all__ = ("main",)
@@ -33,7 +33,7 @@ def main(_global_config: Any, **settings: str) -> Any:
 
     config.add_request_method(dbsession, reify=True)
     config.add_route("dispatch", "/dispatch")
-    config.scan("chaos.application")
+    config.scan("tests.chaos.application")
     return config.make_wsgi_app()
 
 
