@@ -47,9 +47,12 @@ class Module:
     def functions(self) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
         return [node for node in ast.walk(self.tree) if isinstance(node, _FUNCTIONS)]
 
-    def imports(self) -> Iterator[tuple[str, str | None]]:
-        """Yield the module and the name of each import, those for types and in functions too."""
-        for node in ast.walk(self.tree):
+    def imports(self, nodes: Iterable[ast.AST] | None = None) -> Iterator[tuple[str, str | None]]:
+        """Yield the module and the name of each import.
+
+        :param nodes: where to look; by default everywhere, in functions and for types only, too.
+        """
+        for node in ast.walk(self.tree) if nodes is None else nodes:
             if isinstance(node, ast.Import):
                 yield from ((alias.name, None) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -74,15 +77,22 @@ class House:
     @cached_property
     def graph(self) -> dict[str, set[str]]:
         """Module to the modules of ours that it imports; a package that holds it is none."""
+        return {module.name: self._ours(module, module.imports()) for module in self.modules}
+
+    @cached_property
+    def loading(self) -> dict[str, set[str]]:
+        """Module to the modules of ours that are imported when it is, unlike those for types."""
+        return {
+            module.name: self._ours(module, module.imports(module.tree.body))
+            for module in self.modules
+        }
+
+    def _ours(self, module: Module, imports: Iterable[tuple[str, str | None]]) -> set[str]:
         names = {module.name for module in self.modules}
-        graph: dict[str, set[str]] = {}
-        for module in self.modules:
-            wanted = {
-                found if (found := f"{source}.{name}") in names else source
-                for source, name in module.imports()
-            }
-            graph[module.name] = (wanted & names) - {module.name}
-        return graph
+        wanted = {
+            found if (found := f"{source}.{name}") in names else source for source, name in imports
+        }
+        return (wanted & names) - {module.name}
 
     @property
     def with_one_reader(self) -> int:
@@ -92,12 +102,18 @@ class House:
 
     @property
     def circle(self) -> list[str]:
-        """Modules that import each other in a circle, also for types only; empty without one."""
-        try:
-            TopologicalSorter(self.graph).prepare()
-        except CycleError as error:
-            return list(error.args[1])
-        return []
+        """Modules that import each other in a circle; empty without one."""
+        return _circle(self.loading)
+
+    @property
+    def in_circles_of_types(self) -> int:
+        """How many modules are in circles, if imports for types and in functions count, too."""
+        graph = {name: set(targets) for name, targets in self.graph.items()}
+        found: set[str] = set()
+        while circle := _circle(graph):
+            found.update(circle)
+            graph[circle[1]].discard(circle[0])
+        return len(found)
 
     @property
     def share_of_any(self) -> float:
@@ -120,6 +136,14 @@ class House:
                 for name in _foreign(module, ours):
                     found.setdefault(name, set()).add(module.name)
         return found
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
@@ -190,7 +214,8 @@ def figures(house: House) -> Iterable[tuple[str, str]]:
     )
     yield "parameters typed Any", f"{house.share_of_any:.1f} %"
     yield "layers / inner contracts", "{} / {}".format(*layers())
-    yield "circle of imports, also for types", " > ".join(house.circle) or "none"
+    yield "circle of imports", " > ".join(house.circle) or "none"
+    yield "modules in circles, types and functions too", str(house.in_circles_of_types)
     yield "private names of others outside compat", str(len(house.foreign_private_names))
 
 

@@ -35,6 +35,10 @@ def test_there_are_not_more_layers_than_there_were():
     assert layers() <= (7, 0)
 
 
+def test_no_module_needs_itself_to_be_imported():
+    assert HOUSE.circle == []
+
+
 def test_private_names_of_others_are_in_compat_only():
     assert HOUSE.foreign_private_names == {}
 
