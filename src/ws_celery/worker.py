@@ -24,7 +24,7 @@ from celery.loaders.app import AppLoader
 from celery.worker.request import Request as CeleryRequest
 
 from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, listen, tell
-from ws_celery.exceptions import ConfigurationError, Duplicate, ForeignMessage, Skipped
+from ws_celery.exceptions import Abandoned, ConfigurationError, Skipped
 from ws_celery.logs import filter_handlers
 from ws_celery.masking import masked_text
 from ws_celery.publishing import lighten
@@ -257,7 +257,8 @@ def _told(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
     state, outcome = run["state"], run["retval"]
-    if isinstance(outcome, (Duplicate, ForeignMessage, Skipped)):
+    is_elsewhere = isinstance(outcome, Abandoned) and outcome.reason != "cut off"
+    if is_elsewhere or isinstance(outcome, Skipped):
         return  # it is no run: another one has the effect, or the lock
     if state is None:  # the error is on its way to the caller of an eager task
         outcome = sys.exc_info()[1]

@@ -98,8 +98,8 @@ def explain(error: BaseException, config_uri: str) -> WsCeleryError | None:
     """Return what to say of an error, or ``None`` if it is the application's own."""
     if isinstance(error, ConfigurationExecutionError) and isinstance(error.evalue, WsCeleryError):
         error = error.evalue
-    if isinstance(error, NotIncluded):
-        return NotIncluded(f"The application in {config_uri}")
+    if isinstance(error, NotIncluded) and error.part == "ws_celery":
+        return NotIncluded(where=f"The application in {config_uri}")
     if isinstance(error, WsCeleryError):
         return error
     if isinstance(error, ConfigurationConflictError):
