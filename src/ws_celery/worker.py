@@ -23,7 +23,7 @@ from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
 from celery.worker.request import Request as CeleryRequest
 
-from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, listen, tell
+from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, listen, notify
 from ws_celery.exceptions import Abandoned, ConfigurationError, Skipped
 from ws_celery.logs import filter_handlers
 from ws_celery.masking import masked_text
@@ -180,7 +180,7 @@ class PyramidFixup:
         if os.getpid() != self._pid:
             self._connections.forget()
         if get_current_app() is self.app:  # and not another one of this process
-            tell(WorkerProcessInit(self.app))
+            notify(WorkerProcessInit(self.app))
 
     def on_process_shutdown(self, **_: Any) -> None:
         """Wait for what is spooled: a child of a pool ends without what Python does at an exit."""
@@ -197,7 +197,7 @@ class PyramidFixup:
     def on_worker_ready(self, sender: Any = None, **_: Any) -> None:
         """Tell the application, where the pool has no signal for it: threads and greenlets."""
         if sender.app is self.app and _runs_tasks_here(sender.pool):
-            tell(WorkerProcessInit(self.app))
+            notify(WorkerProcessInit(self.app))
 
 
 class PyramidLoader(AppLoader):
@@ -270,7 +270,7 @@ def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
     event = TaskFinished(
         task.app, task, run["task_id"], run["args"], run["kwargs"], state, result, error, runtime
     )
-    tell(event)
+    notify(event)
 
 
 def _runs_tasks_here(pool: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Task, states
 
-from ws_celery.events import SKIPPED, LockLost, TaskSkipped, tell
+from ws_celery.events import SKIPPED, LockLost, TaskSkipped, notify
 from ws_celery.exceptions import Abandoned, LockGone, Skipped
 from ws_celery.locks.holding import Held, Holder, Store, store_of
 from ws_celery.locks.rule import rule_of
@@ -202,12 +202,12 @@ class Locks:
         skipped = Skipped(held.task, context.id, held.key, holder)
         log.info("%s", skipped)
         _keep_result(task, skipped)
-        tell(TaskSkipped(self._app, task, context.id, held.key, holder))
+        notify(TaskSkipped(self._app, task, context.id, held.key, holder))
         return skipped
 
     def _tell_loss(self, task: Task, held: Held, reason: str) -> None:
         log.error("%s[%s] has lost the lock %r: %s", held.task, held.id, held.key, reason)
-        tell(LockLost(self._app, task, held.id, held.key, held.token, reason))
+        notify(LockLost(self._app, task, held.id, held.key, held.token, reason))
 
 
 def _take(held: Held, wait: float) -> Holder | None:
