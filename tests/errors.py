@@ -11,27 +11,27 @@ from uuid import UUID
 
 import ws_celery
 from ws_celery.demo.views import NotThere
-from ws_celery.exceptions import Fault, TableError, Unavailable
+from ws_celery.exceptions import Fault
 from ws_celery.locks import Holder
 
 __all__ = ("error_classes", "example_of")
 
-#: Never raised by a run: those without the words of a message, and an answer of a view.
-_LEFT_OUT = (TableError, Unavailable, NotThere)
+#: Never raised by a run: an answer of a view.
+_LEFT_OUT = (NotThere,)
 
 #: Arguments that are no text, by their names.
 _VALUES: dict[str, Any] = {
-    "attribute": "dbsession",
+    "action": "peek",
     "candidates": 2,
-    "error": ValueError("no such value"),
     "exit_code": 3,
     "faults": Fault("is no number", file="x.ini", line=3, section="celery", key="a", value="b"),
     "found": [UUID(int=1), UUID(int=2)],
     "holder": Holder("a:1", 7, task="other", id="3", host="here", pid=4),
-    "missing": True,
-    "parts": ("broker", "beat"),
+    "kind": "queue",
+    "part": "outbox",
+    "reason": "foreign",
     "row_id": UUID(int=5),
-    "timeout": 2.5,
+    "state": "missing",
 }
 
 

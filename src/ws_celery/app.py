@@ -40,7 +40,7 @@ from ws_celery.recording import Publication, RecordingProducer, blame_argument, 
 from ws_celery.request import HEADER, Propagation, calling_request, description_of, failing
 from ws_celery.results import fit
 from ws_celery.settings import Configuration, ini_variables, our_setting
-from ws_celery.shown_arguments import shown_value, told_arguments
+from ws_celery.shown_arguments import hidden_arguments, masked_reprs, shown_value
 from ws_celery.transactions import Transactions
 
 if TYPE_CHECKING:
@@ -329,6 +329,7 @@ class PyramidCelery(Celery):
         self._call_options = configuration.call_options if configuration else {}
         of_pyramid = self.registry.settings
         self.session_attribute = our_setting(of_pyramid, "ws_celery.dbsession", "dbsession")
+        self.hidden_arguments = hidden_arguments(of_pyramid)
         self.publisher = Publisher(self, self.registry)
         self.propagation = Propagation(self.registry)
         settings = {"beat_scheduler": "ws_celery.beat:Scheduler", **settings}
@@ -429,7 +430,7 @@ class PyramidCelery(Celery):
         self, name: str, args: Any, kwargs: Any, options: dict[str, Any]
     ) -> None:
         """Tell the arguments without their secrets: Celery shows these words in logs and events."""
-        words = told_arguments(self, name, args, kwargs)
+        words = masked_reprs(self, name, args, kwargs)
         for key, text in zip(("argsrepr", "kwargsrepr"), words, strict=True):
             if text is not None and options.get(key) is None:
                 options[key] = text

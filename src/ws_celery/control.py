@@ -113,7 +113,7 @@ class Control(CeleryControl):
         ``ws-celery worker --purge`` calls it.
 
         :return: how many messages.
-        :raises OutboxUnavailable: before anything is lost, if the database does not answer.
+        :raises Unavailable: before anything is lost, if the database does not answer.
         """
         if self.app.outbox is None:
             return super().purge(connection)
@@ -143,7 +143,7 @@ def purge(app: Any, connection: Any, queue: str) -> Iterator[tuple[int, int]]:
     """Discard what waits in a queue, step by step; with the outbox, its rows as well.
 
     :return: of each step, how many messages and how many rows.
-    :raises OutboxUnavailable: before anything is lost, if the database does not answer.
+    :raises Unavailable: before anything is lost, if the database does not answer.
     """
     channel = connection.default_channel
     if app.outbox is None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.exceptions import SoftTimeLimitExceeded
-from celery.utils.dispatch import Signal
-from pyramid.registry import Registry
 from zope.interface import implementedBy, implementer
 
 from ws_celery.interfaces import (
@@ -24,6 +22,16 @@ from ws_celery.interfaces import (
 )
 from ws_celery.masking import logger_of
 
+if TYPE_CHECKING:
+    from celery import Task
+    from celery.utils.dispatch import Signal
+    from pyramid.registry import Registry
+    from pyramid.request import Request
+
+    from ws_celery.app import PyramidCelery
+    from ws_celery.locks import Holder
+    from ws_celery.recording import Publication
+
 __all__ = (
     "SKIPPED",
     "BeforeDispatch",
@@ -37,7 +45,7 @@ __all__ = (
     "WorkerProcessInit",
     "has_subscriber",
     "listen",
-    "tell",
+    "notify",
 )
 
 log = logger_of(__name__)
@@ -49,7 +57,7 @@ SKIPPED = "SKIPPED"
 @implementer(ICeleryEvent)
 @dataclass
 class _Event:
-    app: Any
+    app: PyramidCelery
 
     @property
     def registry(self) -> Registry:
@@ -74,7 +82,7 @@ class BeforeDispatch(_Event):
         so on), a dictionary that a subscriber may change. ``headers`` is a dictionary in it.
     """
 
-    request: Any
+    request: Request | None
     name: str
     args: tuple[Any, ...] = field(repr=False)
     kwargs: dict[str, Any] = field(repr=False)
@@ -90,12 +98,12 @@ class TaskMessage(NamedTuple):
 
 @dataclass
 class _OfMessages(_Event):
-    publications: Sequence[Any] = field(repr=False)
+    publications: Sequence[Publication] = field(repr=False)
 
     @property
     def tasks(self) -> list[TaskMessage]:
         """Names and ids, in the order of the calls."""
-        return [TaskMessage(p.task_name, p.task_id) for p in self.publications if p.task_id]
+        return [TaskMessage(str(p.task_name), p.task_id) for p in self.publications if p.task_id]
 
 
 @implementer(ITasksPublished)
@@ -141,9 +149,20 @@ class PublishFailed(TasksPublished):
     ambiguous: bool = field(default=True, kw_only=True)
 
 
+@dataclass
+class _OfRun(_Event):
+    task: Task
+    id: str
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        return str(self.task.name)
+
+
 @implementer(ITaskFinished)
 @dataclass
-class TaskFinished(_Event):
+class TaskFinished(_OfRun):
     """A run of a task is over, and so are its request and its transaction.
 
     Sent in the process and thread that ran the task, for every task of the app, Celery's own too.
@@ -160,24 +179,17 @@ class TaskFinished(_Event):
     :param runtime: how long it has run, storing its result included, in seconds.
     """
 
-    task: Any
-    id: str
     args: Sequence[Any] = field(repr=False)
     kwargs: Mapping[str, Any] = field(repr=False)
     state: str
-    result: Any = field(repr=False)
+    result: object = field(repr=False)
     error: BaseException | None = field(repr=False)
     runtime: float
-
-    @property
-    def name(self) -> str:
-        """The name of the task."""
-        return str(self.task.name)
 
 
 @implementer(ITaskSkipped)
 @dataclass
-class TaskSkipped(_Event):
+class TaskSkipped(_OfRun):
     """A run did not begin: another task holds the lock of its ``@one_instance``.
 
     Sent in the process and thread that would have run it, instead of :class:`TaskFinished`. What a
@@ -189,20 +201,13 @@ class TaskSkipped(_Event):
     :param holder: who has it: ``task``, ``id``, ``host`` and ``pid``.
     """
 
-    task: Any
-    id: str
     key: str
-    holder: Any
-
-    @property
-    def name(self) -> str:
-        """The name of the task."""
-        return str(self.task.name)
+    holder: Holder
 
 
 @implementer(ILockLost)
 @dataclass
-class LockLost(_Event):
+class LockLost(_OfRun):
     """A run has lost the lock of its ``@one_instance``, so that another one may have begun.
 
     Sent once, in the process of the run, by the thread that notices: the one that renews locks, or
@@ -215,16 +220,10 @@ class LockLost(_Event):
     :param reason: how it was lost, a part of a sentence.
     """
 
-    task: Any
-    id: str | None
+    id: str | None  # type: ignore[assignment] # of a run that has none
     key: str
     token: int
     reason: str
-
-    @property
-    def name(self) -> str:
-        """The name of the task."""
-        return str(self.task.name)
 
 
 @implementer(IWorkerProcessInit)
@@ -245,7 +244,7 @@ def has_subscriber(registry: Registry, event: type) -> bool:
     )
 
 
-def listen(signal: Signal, method: Callable[..., Any]) -> None:
+def listen(signal: Signal, method: Callable[..., object]) -> None:
     """Connect a method to a signal of Celery's, for as long as its object lives.
 
     To Celery 5.5 the methods of two objects of one class are the same, and it keeps the first: of
@@ -255,8 +254,8 @@ def listen(signal: Signal, method: Callable[..., Any]) -> None:
     signal.connect(method, dispatch_uid=f"{type(owner).__qualname__}.{name}:{id(owner)}")
 
 
-def tell(event: _Event) -> None:
-    """Send an event of what has happened already: what a subscriber raises can only be logged."""
+def notify(event: _Event) -> None:
+    """Notify the subscribers of what has happened already; what one raises can only be logged."""
     try:
         event.registry.notify(event)
     except SoftTimeLimitExceeded:

@@ -9,59 +9,44 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from celery.exceptions import Ignore
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.exceptions import EncodeError
 from pyramid.exceptions import ConfigurationError as PyramidConfigurationError
 
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from ws_celery.locks import Holder
+
 __all__ = (
+    "Abandoned",
     "ArgumentNotSerializable",
     "BrokenRow",
     "BrokerUnavailable",
-    "CannotPeek",
     "ConfigurationError",
-    "CutOff",
-    "Duplicate",
     "EntryRefused",
     "Fault",
-    "ForeignMessage",
     "LockGone",
-    "LockHeld",
     "LocksUnavailable",
     "NoCurrentApplication",
-    "NoSuchEntry",
-    "NoSuchLock",
-    "NoSuchQueue",
-    "NoSuchResult",
-    "NoSuchRow",
-    "NoWorker",
+    "NotFound",
     "NotIncluded",
     "NotRunYet",
-    "NothingToProbe",
+    "NotSupported",
     "OptionNotSendable",
-    "OutboxNotOn",
-    "OutboxReadOnly",
-    "OutboxTableError",
-    "OutboxUnavailable",
-    "OutboxUnreachable",
-    "ReadOnly",
-    "ResultsNotListed",
-    "ResultsUnavailable",
-    "ScheduleNotOn",
-    "ScheduleReadOnly",
-    "ScheduleTableError",
-    "ScheduleUnavailable",
-    "ScheduleUnreachable",
+    "SessionError",
     "Skipped",
     "TableError",
     "TaskNotRegistered",
     "Unavailable",
-    "Unreachable",
-    "ValueNotPropagated",
     "WsCeleryError",
 )
+
+#: Which of our tables, and its database.
+Part: TypeAlias = Literal["outbox", "schedule"]
 
 
 class WsCeleryError(Exception):
@@ -140,13 +125,28 @@ class ConfigurationError(WsCeleryError, PyramidConfigurationError):
 
 
 class NotIncluded(WsCeleryError):
-    """The Pyramid application has no Celery app because it does not include ws_celery."""
+    """The application has no Celery app, no outbox or no schedule, because it does not include it.
 
-    def __init__(self, where: str = "This Pyramid application") -> None:
-        super().__init__(
-            f"{where} does not include ws_celery. Add `pyramid.includes = ws_celery` to its "
-            f'[app:main] section, or call config.include("ws_celery").'
-        )
+    :param part: what is wanted of it.
+    :param where: the application, as the subject of a sentence.
+    """
+
+    _TEXTS: ClassVar = {
+        "ws_celery": "{} does not include ws_celery. Add `pyramid.includes = ws_celery` to its "
+        '[app:main] section, or call config.include("ws_celery").',
+        "outbox": "This application has no outbox. Switch it on by `ws_celery.outbox = true` in "
+        'its section, or by config.include("ws_celery.outbox").',
+        "schedule": "This application keeps no schedule in its database. Switch it on by "
+        '`ws_celery.beat = true` in its section, or by config.include("ws_celery.beat").',
+    }
+
+    def __init__(
+        self,
+        part: Literal["ws_celery", "outbox", "schedule"] = "ws_celery",
+        where: str = "This Pyramid application",
+    ) -> None:
+        self.part = part
+        super().__init__(self._TEXTS[part].format(where))
 
 
 class NoCurrentApplication(WsCeleryError):
@@ -187,22 +187,30 @@ class ArgumentNotSerializable(WsCeleryError, EncodeError):
 
 
 class OptionNotSendable(WsCeleryError, EncodeError):
-    """A header or an option of a call cannot be written into a message of this broker."""
+    """A header or an option of a call cannot be written into a message of this broker.
 
-    def __init__(self, what: str, problem: str) -> None:
+    What a propagator captures of a request is a header, too.
+
+    :param what: the option.
+    :param problem: what the serializer or the broker's library has against it.
+    """
+
+    def __init__(
+        self, what: str, problem: str, *, said: str = "cannot be sent", remedy: str = "Pass"
+    ) -> None:
         super().__init__(
-            f"{what} cannot be sent ({problem.rstrip('.')}). Pass text, numbers, lists and "
+            f"{what} {said} ({problem.rstrip('.')}). {remedy} text, numbers, lists and "
             "dictionaries."
         )
 
-
-class ValueNotPropagated(WsCeleryError, EncodeError):
-    """What a propagator has captured of a request cannot be written into a message header."""
-
-    def __init__(self, name: str, error: Exception) -> None:
-        super().__init__(
-            f"ws_celery.propagate: what {name!r} has captured is no JSON value ({error}). Let its "
-            "capture() return text, numbers, lists and dictionaries."
+    @classmethod
+    def captured(cls, name: str, error: Exception) -> OptionNotSendable:
+        """Return the error of a value that the propagator ``name`` has captured."""
+        return cls(
+            f"ws_celery.propagate: what {name!r} has captured",
+            str(error),
+            said="is no JSON value",
+            remedy="Let its capture() return",
         )
 
 
@@ -230,142 +238,196 @@ class NotRunYet(WsCeleryError, CeleryTimeoutError):
         return "The task {} has not run. {}".format(*self.args)
 
 
-class BrokerUnavailable(WsCeleryError):
-    """The broker does not answer; the embedded one may not be running."""
+class Unavailable(WsCeleryError):
+    """Something that is needed does not answer; it may do so later.
+
+    :param part: the database of the outbox or of the schedule, the result backend, or the workers.
+    :param problem: what was seen; of workers, how long they were waited for.
+    """
+
+    _TEXTS: ClassVar = {
+        "outbox": "The database of the outbox does not answer: {}. Start it, or correct the URL "
+        "that the application connects to.",
+        "schedule": "The database of the schedule does not answer: {}. Start it, or correct the "
+        "URL that the application connects to.",
+        "results": "The result backend does not answer: {}. Start it, or correct `result_backend` "
+        "in [celery].",
+        "workers": "No worker has answered within {}. Start one with `ws-celery worker --ini "
+        "FILE`; or wait longer, by --timeout: a worker with the pool solo does not answer while "
+        "it runs a task.",
+    }
+
+    def __init__(
+        self, part: Literal["outbox", "schedule", "results", "workers"], problem: str
+    ) -> None:
+        self.part: str = part
+        super().__init__(self._TEXTS[part].format(problem))
 
 
-class Unreachable(WsCeleryError):
-    """A request has no database session to write a table of ours with."""
+class BrokerUnavailable(Unavailable):
+    """The broker does not answer; the embedded one may not be running.
+
+    :param message: what was seen, and the remedy.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.part = "broker"
+        WsCeleryError.__init__(self, message)
 
 
-class OutboxUnreachable(Unreachable):
-    """A dispatch that is to be kept in the outbox has no database session to be written with."""
+class LocksUnavailable(Unavailable):
+    """What keeps the one-instance locks does not answer, or cannot keep them."""
 
-    def __init__(self, task: str, attribute: str) -> None:
-        super().__init__(
-            f"{task} cannot be written to the outbox: the request that dispatches it has no "
-            f"SQLAlchemy session as its attribute {attribute!r}. Pass the request as the first "
-            "argument, name the attribute by the setting ws_celery.dbsession, or opt out with "
-            "@task(outbox=False)."
+    def __init__(self, problem: str) -> None:
+        self.part = "locks"
+        WsCeleryError.__init__(
+            self,
+            f"The one-instance locks are out of reach: {problem}. Start what keeps them, or name "
+            "another place by the setting ws_celery.locks.",
         )
 
 
-class OutboxDetached(WsCeleryError):
-    """A row of the outbox would not be committed by the transaction that it belongs to."""
+class SessionError(WsCeleryError):
+    """A request's database session is missing, or belongs to another transaction.
 
-    def __init__(self, what: str, problem: str) -> None:
-        super().__init__(
-            f"{what} cannot be written to the outbox: {problem}. Pass the request whose "
-            "transaction is open, whose session is registered with that transaction's manager "
-            "(zope.sqlalchemy.register(session, transaction_manager=request.tm)), and dispatch "
-            "before it commits; or opt out with @task(outbox=False)."
+    :param what: what cannot be done.
+    :param problem: why.
+    :param remedy: what to do.
+    """
+
+    def __init__(self, what: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{what}: {problem}. {remedy}.")
+
+    @classmethod
+    def missing(cls, part: Part, task: str, attribute: str) -> SessionError:
+        """Return the error of a request that has no session as its ``attribute``."""
+        if part == "schedule":
+            return cls(
+                "The schedule cannot be found in the database",
+                f"requests have no SQLAlchemy session as their attribute {attribute!r}",
+                "Name the attribute by the setting ws_celery.dbsession, or switch ws_celery.beat "
+                "off",
+            )
+        return cls(
+            f"{task} cannot be written to the outbox",
+            "the request that dispatches it has no SQLAlchemy session as its attribute "
+            f"{attribute!r}",
+            "Pass the request as the first argument, name the attribute by the setting "
+            "ws_celery.dbsession, or opt out with @task(outbox=False)",
         )
 
-
-class ScheduleUnreachable(Unreachable):
-    """The application's requests have no database session that tells where the schedule is."""
-
-    def __init__(self, _what: str, attribute: str) -> None:
-        super().__init__(
-            "The schedule cannot be found in the database: requests have no SQLAlchemy session as "
-            f"their attribute {attribute!r}. Name the attribute by the setting "
-            "ws_celery.dbsession, or switch ws_celery.beat off."
+    @classmethod
+    def detached(cls, what: str, problem: str) -> SessionError:
+        """Return the error of a row that its transaction would not commit."""
+        return cls(
+            f"{what} cannot be written to the outbox",
+            problem,
+            "Pass the request whose transaction is open, whose session is registered with that "
+            "transaction's manager (zope.sqlalchemy.register(session, "
+            "transaction_manager=request.tm)), and dispatch before it commits; or opt out with "
+            "@task(outbox=False)",
         )
 
 
 class TableError(WsCeleryError):
-    """A table of ours is missing, or is not the one that this version needs.
+    """A table of ours is missing, is not the one that this version needs, or cannot be written.
 
+    :param part: what it is the table of.
     :param table: its name.
     :param problem: what is wrong with it.
-    :param missing: whether it does not exist.
+    :param state: ``"missing"``, ``"different"``, or ``"read-only"``: its database takes no changes.
     """
 
-    #: What cannot use the table, the command that creates it, the setting that names it.
-    words: tuple[str, str, str]
+    _REMEDIES: ClassVar = {
+        "missing": "Create it with `{command} --ini FILE`, or with a migration of Alembic.",
+        "different": "Change it by a migration of Alembic; or, when nothing in it is needed any "
+        "more, drop it and run `{command} --ini FILE`; or name another table by the setting "
+        "{setting}.",
+        "read-only": "Connect to its primary server, in a transaction that may write{otherwise}.",
+    }
+    _WORDS: ClassVar = {
+        "outbox": {
+            "command": "ws-celery outbox create",
+            "setting": "ws_celery.outbox.table",
+            "otherwise": "; or send without the outbox, by @task(outbox=False)",
+        },
+        "schedule": {
+            "command": "ws-celery schedule create",
+            "setting": "ws_celery.beat.table",
+            "otherwise": "",
+        },
+    }
 
-    def __init__(self, table: str, problem: str, *, missing: bool = False) -> None:
-        what, command, setting = self.words
-        remedy = (
-            f"Create it with `{command} --ini FILE`, or with a migration of Alembic."
-            if missing
-            else "Change it by a migration of Alembic; or, when nothing in it is needed any more, "
-            f"drop it and run `{command} --ini FILE`; or name another table by the setting "
-            f"{setting}."
+    def __init__(
+        self,
+        part: Part,
+        table: str,
+        problem: str,
+        state: Literal["missing", "different", "read-only"] = "different",
+    ) -> None:
+        self.part = part
+        self.state = state
+        said = (
+            f"cannot write to the table {table}: the database is read-only ({problem})"
+            if state == "read-only"
+            else f"cannot use the table {table}: {problem}"
         )
-        super().__init__(f"{what} cannot use the table {table}: {problem}. {remedy}")
+        super().__init__(f"The {part} {said}. {self._REMEDIES[state].format(**self._WORDS[part])}")
 
 
-class OutboxTableError(TableError):
-    """The table of the outbox is missing, or is not the one that this version needs."""
+class NotFound(WsCeleryError):
+    """What is named is not there; or, of rows of the outbox, more than one answers to the name.
 
-    words = ("The outbox", "ws-celery outbox create", "ws_celery.outbox.table")
+    :param kind: what is wanted.
+    :param name: its name, key or id.
+    :param found: the ids of several rows that have this task id.
+    """
 
+    _TEXTS: ClassVar = {
+        "entry": "There is no schedule entry {!r}. `ws-celery schedule list` shows what there is.",
+        "lock": "No run holds the lock {!r}. `ws-celery locks list` shows those that are held.",
+        "queue": "There is no queue {!r}: the application does not use one of this name, and the "
+        "broker has none. `ws-celery queues` shows those that there are.",
+        "result": "There is no result of the task {}: it has not run yet, ignores its result, was "
+        "forgotten, has expired, or there never was one of this id.",
+        "row": "There is no row {} in the outbox: the task has had its effect, or was discarded. "
+        "`ws-celery outbox list --all` shows what there is.",
+    }
 
-class ScheduleTableError(TableError):
-    """The table of the schedule is missing, or is not the one that this version needs."""
-
-    words = ("The schedule", "ws-celery schedule create", "ws_celery.beat.table")
-
-
-class ReadOnly(WsCeleryError):
-    """The database takes no changes."""
-
-
-class OutboxReadOnly(ReadOnly):
-    """The database takes no changes, so that a dispatch cannot be kept, nor a task be run."""
-
-    def __init__(self, table: str, problem: str) -> None:
+    def __init__(
+        self,
+        kind: Literal["entry", "lock", "queue", "result", "row"],
+        name: str,
+        found: Iterable[object] = (),
+    ) -> None:
+        self.kind = kind
+        several = ", ".join(map(str, found))
         super().__init__(
-            f"The outbox cannot write to the table {table}: the database is read-only ({problem}). "
-            "Connect to its primary server, in a transaction that may write; or send without the "
-            "outbox, by @task(outbox=False)."
+            f"{name} is the task id of several rows: {several}. Name one of them."
+            if several
+            else self._TEXTS[kind].format(name)
         )
 
 
-class ScheduleReadOnly(ReadOnly):
-    """The database takes no changes, so that no tick can be claimed, and no entry edited."""
+class NotSupported(WsCeleryError):
+    """The broker, or the result backend, cannot do what is asked for; another one can.
 
-    def __init__(self, table: str, problem: str) -> None:
-        super().__init__(
-            f"The schedule cannot write to the table {table}: the database is read-only "
-            f"({problem}). Connect to its primary server, in a transaction that may write."
-        )
+    :param action: to show messages without taking them, or to list results.
+    :param kind: of the broker or backend, in words.
+    """
 
+    _TEXTS: ClassVar = {
+        "peek": "The broker ({}) cannot show messages without taking them: to take one and give it "
+        "back changes the order, and marks it as delivered before. Redis, an SQL database, files "
+        "and the outbox can be looked into.",
+        "list results": "The result backend ({}) finds a result by the id of its task only: "
+        "`ws-celery results show ID`. To list results, keep them in a database, by "
+        "`result_backend = db+postgresql://...` and `result_extended = true` in [celery].",
+    }
 
-class Unavailable(WsCeleryError):
-    """A database does not answer."""
-
-    #: What it is the database of.
-    what: str
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"The database of the {self.what} does not answer: {problem}. Start it, or correct the "
-            "URL that the application connects to."
-        )
-
-
-class OutboxUnavailable(Unavailable):
-    """The database of the outbox does not answer."""
-
-    what = "outbox"
-
-
-class ScheduleUnavailable(Unavailable):
-    """The database of the schedule does not answer."""
-
-    what = "schedule"
-
-
-class ScheduleNotOn(WsCeleryError):
-    """Something is wanted of a schedule in the database, and the application has none."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "This application keeps no schedule in its database. Switch it on by "
-            '`ws_celery.beat = true` in its section, or by config.include("ws_celery.beat").'
-        )
+    def __init__(self, action: Literal["peek", "list results"], kind: str) -> None:
+        self.action = action
+        super().__init__(self._TEXTS[action].format(kind))
 
 
 class EntryRefused(WsCeleryError):
@@ -381,43 +443,10 @@ class EntryRefused(WsCeleryError):
         super().__init__(f"Schedule entry {name!r}: {problem}.")
 
 
-class NoSuchEntry(WsCeleryError):
-    """An entry of the schedule is wanted that is not there."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"There is no schedule entry {name!r}. `ws-celery schedule list` shows what there is."
-        )
-
-
-class OutboxNotOn(WsCeleryError):
-    """Something is wanted of the outbox of an application that has none."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "This application has no outbox. Switch it on by `ws_celery.outbox = true` in its "
-            'section, or by config.include("ws_celery.outbox").'
-        )
-
-
-class NoSuchRow(WsCeleryError):
-    """A row of the outbox is wanted that is not there, or more than one answers to a name."""
-
-    def __init__(self, wanted: str, found: Iterable[Any] = (), kind: str = "row") -> None:
-        several = ", ".join(map(str, found))
-        problem = (
-            f"{wanted} is the task id of several rows: {several}. Name one of them"
-            if several
-            else f"There is no {kind} {wanted} in the outbox: the task has had its effect, or was "
-            "discarded. `ws-celery outbox list --all` shows what there is"
-        )
-        super().__init__(f"{problem}.")
-
-
 class BrokenRow(WsCeleryError):
     """A row of the outbox does not hold a message that can be published."""
 
-    def __init__(self, row_id: Any, problem: str) -> None:
+    def __init__(self, row_id: UUID, problem: str) -> None:
         self.row_id = row_id
         self.problem = problem
         super().__init__(
@@ -426,103 +455,32 @@ class BrokenRow(WsCeleryError):
         )
 
 
-class NoSuchQueue(WsCeleryError):
-    """A queue is meant that the application does not use, and that the broker does not have."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"There is no queue {name!r}: the application does not use one of this name, and the "
-            "broker has none. `ws-celery queues` shows those that there are."
-        )
-
-
-class CannotPeek(WsCeleryError):
-    """The broker cannot show messages without taking them."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(
-            f"The broker ({kind}) cannot show messages without taking them: to take one and give "
-            "it back changes the order, and marks it as delivered before. Redis, an SQL database, "
-            "files and the outbox can be looked into."
-        )
-
-
-class NoWorker(WsCeleryError):
-    """No worker has answered in time."""
-
-    def __init__(self, timeout: float) -> None:
-        super().__init__(
-            f"No worker has answered within {timeout:g} seconds. Start one with `ws-celery "
-            "worker --ini FILE`; or wait longer, by --timeout: a worker with the pool solo does "
-            "not answer while it runs a task."
-        )
-
-
-class NothingToProbe(WsCeleryError):
-    """It is asked whether a part is healthy that the application does not have."""
-
-    def __init__(self, part: str, parts: Iterable[str]) -> None:
-        remedies = {
-            "relay": " Without an outbox it needs the health file of a relay (--relay-file).",
-            "beat": " It needs the health file of beat (--beat-file).",
-        }
-        super().__init__(
-            f"The part {part} cannot be asked whether it is healthy; those of this application: "
-            f"{', '.join(parts)}.{remedies.get(part, '')} Name one of these, or leave it out."
-        )
-
-
-class ResultsNotListed(WsCeleryError):
-    """Results are to be listed that are not in a database."""
-
-    def __init__(self, backend: str) -> None:
-        super().__init__(
-            f"The result backend ({backend}) finds a result by the id of its task only: "
-            "`ws-celery results show ID`. To list results, keep them in a database, by "
-            "`result_backend = db+postgresql://...` and `result_extended = true` in [celery]."
-        )
-
-
-class ResultsUnavailable(WsCeleryError):
-    """The result backend does not answer."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"The result backend does not answer: {problem}. Start it, or correct `result_backend` "
-            "in [celery]."
-        )
-
-
-class NoSuchResult(WsCeleryError):
-    """Nothing is known of a task by its id."""
-
-    def __init__(self, task_id: str) -> None:
-        super().__init__(
-            f"There is no result of the task {task_id}: it has not run yet, ignores its result, "
-            "was forgotten, has expired, or there never was one of this id."
-        )
-
-
-class Duplicate(WsCeleryError, Ignore):
-    """A message's effect is there already, or another run is at it; this run ends quietly."""
-
-
-class ForeignMessage(WsCeleryError, Ignore):
-    """A message belongs to another outbox, which keeps its row, and sends it again.
+class Abandoned(WsCeleryError, Ignore):
+    """A run ends without an effect, and quietly: Celery stores nothing, and calls nothing back.
 
     No ``Reject``: Celery would store that its task has failed.
+
+    :param reason: ``"duplicate"``, if the effect is there already, or another run is at it;
+        ``"foreign"``, if the message belongs to another outbox, which keeps its row, and sends it
+        again; ``"cut off"``, if the run has lost its database, and whether it has committed is
+        open: its row is sent again.
     """
 
-    def __init__(self, task: str, queue: str, owner: str, ours: str) -> None:
-        super().__init__(
+    def __init__(
+        self, message: str, reason: Literal["duplicate", "foreign", "cut off"] = "duplicate"
+    ) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+    @classmethod
+    def foreign(cls, task: str, queue: str, owner: str, ours: str) -> Abandoned:
+        """Return the error of a message whose row is in the outbox ``owner``, not in ``ours``."""
+        return cls(
             f"{task} is not run: its row is in another outbox ({owner}) than that of this worker "
             f"({ours}). Give each application queues of its own: both take their messages from "
-            f"the queue {queue!r}."
+            f"the queue {queue!r}.",
+            "foreign",
         )
-
-
-class CutOff(WsCeleryError, Ignore):
-    """A run has lost its database, and whether it has committed is open; its row is sent again."""
 
 
 class Skipped(WsCeleryError, Ignore):
@@ -531,7 +489,7 @@ class Skipped(WsCeleryError, Ignore):
     :param holder: who has it.
     """
 
-    def __init__(self, task: str, task_id: str, key: str, holder: Any) -> None:
+    def __init__(self, task: str, task_id: str, key: str, holder: Holder) -> None:
         super().__init__(task, task_id, key, holder)
         self.key = key
         self.holder = holder
@@ -540,48 +498,35 @@ class Skipped(WsCeleryError, Ignore):
     def __str__(self) -> str:
         return "{}[{}] is skipped: {}".format(*self.args[:2], self.reason)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return what is kept as the result of the task: its reason, key and holder."""
         return {"reason": self.reason, "key": self.key, "holder": self.holder.as_dict()}
 
 
-class LockHeld(WsCeleryError):
-    """A part of a chord, or an item of ``map()``, needs a lock that another task holds."""
-
-    def __init__(self, task: str, key: str, holder: Any) -> None:
-        super().__init__(
-            f"{task}: the lock {key!r} of one_instance is held by {holder}. Let the run wait for "
-            "it, by one_instance(wait=SECONDS)."
-        )
-
-
 class LockGone(WsCeleryError):
-    """A run has lost its one-instance lock: another run with its key may have begun."""
+    """A run has not, or not any more, the one-instance lock that it needs.
 
-    def __init__(self, task: str, task_id: str | None, key: str) -> None:
-        super().__init__(task, task_id, key)
+    It has lost it, and another run with its key may have begun; or it is a part of a chord, or an
+    item of ``map()``, whose lock another task holds.
+
+    :param holder: that other task, in words.
+    """
+
+    def __init__(self, task: str, task_id: str | None, key: str, holder: str | None = None) -> None:
+        super().__init__(task, task_id, key, *(() if holder is None else (holder,)))
+
+    def __repr__(self) -> str:
+        # Celery quotes it so in the error of a chord.
+        return f"{type(self).__name__}({str(self)!r})"
 
     def __str__(self) -> str:
+        task, task_id, key, *holder = self.args
+        if holder:
+            return (
+                f"{task}: the lock {key!r} of one_instance is held by {holder[0]}. Let the run "
+                "wait for it, by one_instance(wait=SECONDS)."
+            )
         return (
-            "{}[{}] has lost the lock {!r}. Its process may have stood still for longer than the "
-            "timeout of one_instance, or the lock was freed by hand.".format(*self.args)
-        )
-
-
-class LocksUnavailable(WsCeleryError):
-    """What keeps the one-instance locks does not answer, or cannot keep them."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"The one-instance locks are out of reach: {problem}. Start what keeps them, or name "
-            "another place by the setting ws_celery.locks."
-        )
-
-
-class NoSuchLock(WsCeleryError):
-    """A lock is wanted that no run holds."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(
-            f"No run holds the lock {key!r}. `ws-celery locks list` shows those that are held."
+            f"{task}[{task_id}] has lost the lock {key!r}. Its process may have stood still for "
+            "longer than the timeout of one_instance, or the lock was freed by hand."
         )

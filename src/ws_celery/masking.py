@@ -9,7 +9,8 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 __all__ = (
     "MASK",
@@ -61,14 +62,12 @@ _OPENING, _CLOSING = "[({", "])}"
 _AFTER = re.compile(r"[\s,;&)\]}>\"'`.:\\]|\Z")
 _SIGNED = re.compile(r"([?&;](?:sig|code)=)[^&;#\s]*", re.IGNORECASE)
 
-
 #: What a terminal obeys or nobody sees: control characters, marks that turn the direction of text,
 #: separators of lines, halves of characters.
 _NOT_PRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_LINES = "\n\t"
 
 #: Arguments in what Celery logs of a message that it cannot read or whose task it does not know; at
 #: DEBUG also of what a pool runs, and of the schedule.
@@ -79,10 +78,14 @@ _ARGUMENTS = re.compile(
     re.MULTILINE,
 )
 
+#: The arguments of a log record.
+_Arguments: TypeAlias = "tuple[object, ...] | Mapping[str, object] | None"
+
 #: Whose log records are made safe; what an application logs is its own.
 _LOGGERS = ("ws_celery", "celery", "kombu")
 
 
+@lru_cache(maxsize=1024)  # the names of arguments, at each call
 def is_secret(name: str) -> bool:
     """Tell whether the value of an option or key of this name has to be hidden."""
     return bool(_SECRET_NAME.search(name))
@@ -119,7 +122,9 @@ def masked_text(text: str) -> str:
     """
     if ":" not in text and "=" not in text:
         return text  # most values, and all that follows needs one of them
-    text = "".join(_masked_url(part) for part in _URL_START.split(text))
+    urls = _URL_START.split(text)
+    # Up to the last @: a password may contain one.
+    text = "".join(_AUTHORITY.sub(_masked_authority, part, count=1) for part in urls)
     text = _SIGNED.sub(rf"\g<1>{MASK}", text)
     return "".join(_without_values(text))
 
@@ -187,11 +192,6 @@ def _without_broken_urls(text: str) -> str:
     )
 
 
-def _masked_url(text: str) -> str:
-    # Up to the last @: a password may contain one.
-    return _AUTHORITY.sub(_masked_authority, text, count=1)
-
-
 def _masked_authority(match: re.Match[str]) -> str:
     scheme, user_info = match.groups()
     user, colon, _ = user_info.partition(":")
@@ -205,10 +205,9 @@ def printable(text: str, *, lines: bool = True) -> str:
     """
 
     def escaped(match: re.Match[str]) -> str:
-        found = match[0]
-        if lines and found in _LINES:
-            return found
-        return "\\u007f" if found == "\x7f" else json.dumps(found)[1:-1]
+        if lines and match[0] in "\n\t":
+            return match[0]
+        return "\\u007f" if match[0] == "\x7f" else json.dumps(match[0])[1:-1]
 
     return _NOT_PRINTABLE.sub(escaped, text)
 
@@ -232,7 +231,10 @@ class SafeRecords(logging.Filter):
             if record.exc_text:  # formatters print it, if it is there
                 record.exc_text = printable(masked_text(record.exc_text))
             if isinstance(data := getattr(record, "data", None), Mapping):
-                record.data = {key: _safe(value) for key, value in data.items()}
+                record.data = {
+                    key: printable(masked_text(value)) if isinstance(value, str) else value
+                    for key, value in data.items()
+                }
         return True
 
 
@@ -240,17 +242,15 @@ def _without_arguments(match: re.Match[str]) -> str:
     return f"{match[match.lastindex or 0]}{MASK}"
 
 
-def _on_one_line(args: Any) -> Any:
+def _on_one_line(args: _Arguments) -> _Arguments:
     """Return the arguments of a record, whose texts could look like other records."""
     if isinstance(args, Mapping):
-        return {key: _on_one_line((value,))[0] for key, value in args.items()}
-    if isinstance(args, tuple):
-        return tuple(printable(v, lines=False) if isinstance(v, str) else v for v in args)
-    return args
+        return {key: _line(value) for key, value in args.items()}
+    return args and tuple(map(_line, args))
 
 
-def _safe(value: Any) -> Any:
-    return printable(masked_text(value)) if isinstance(value, str) else value
+def _line(value: object) -> object:
+    return printable(value, lines=False) if isinstance(value, str) else value
 
 
 def logger_of(name: str) -> logging.Logger:

@@ -16,11 +16,11 @@ from kombu import Connection, Producer
 from kombu.exceptions import OperationalError
 from pyramid.registry import Registry
 
-from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled, tell
+from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled, notify
 from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.masking import logger_of, masked_text
 from ws_celery.settings import our_setting
-from ws_celery.shown_arguments import described_arguments
+from ws_celery.shown_arguments import logged_arguments
 from ws_celery.spool import Spool
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ class Publisher:
         if sent := publications[: attempt.sent]:
             if self._app.outbox is not None:
                 self._app.outbox.published(sent)
-            tell(TasksPublished(self._app, sent, late=late))
+            notify(TasksPublished(self._app, sent, late=late))
 
     def _leave_to_relay(self, publications: Sequence[Publication], error: BaseException) -> None:
         if kept := [publication for publication in publications if publication.row_id]:
@@ -271,7 +271,7 @@ class Publisher:
         without = set(lost)
         if kept := [each for each in publications if each not in without]:
             self._log(logging.WARNING, "this process sends these tasks later", kept, error)
-            tell(TasksSpooled(self._app, kept, error=error))
+            notify(TasksSpooled(self._app, kept, error=error))
         self.report(lost, error, ambiguous=False)
 
     def report(
@@ -288,7 +288,7 @@ class Publisher:
         if any(publication.task_id for publication in publications):
             said = "these tasks may not have been sent" if ambiguous else "these tasks are lost"
             self._log(logging.ERROR, said, publications, error)
-            tell(PublishFailed(self._app, publications, error=error, ambiguous=ambiguous))
+            notify(PublishFailed(self._app, publications, error=error, ambiguous=ambiguous))
 
     def end(self) -> None:
         """Wait ``ws_celery.publish_timeout`` for what is spooled, at the end of the process."""
@@ -389,7 +389,7 @@ class Publisher:
         text = f"{publication.task_name}[{publication.task_id}]"
         if not self._log_arguments:
             return text
-        args, kwargs = described_arguments(
+        args, kwargs = logged_arguments(
             self._app, publication.task_name, publication.call, publication.told_arguments
         )
         return f"{text} args={args} kwargs={kwargs}"

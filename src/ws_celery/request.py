@@ -21,7 +21,7 @@ from zope.interface import alsoProvides, implementer
 
 from ws_celery.compat import finish_request
 from ws_celery.converters import nearest
-from ws_celery.exceptions import ConfigurationError, Fault, ValueNotPropagated
+from ws_celery.exceptions import ConfigurationError, Fault, OptionNotSendable
 from ws_celery.interfaces import IRequestPropagator, ITaskRequest
 from ws_celery.masking import logger_of
 from ws_celery.settings import our_setting
@@ -156,7 +156,7 @@ class Propagation:
     def describe(self, request: Any) -> dict[str, Any]:
         """Return what tasks need to know of ``request``, as JSON values; it may be nothing.
 
-        :raises ValueNotPropagated: if a propagator captures what is no JSON.
+        :raises OptionNotSendable: if a propagator captures what is no JSON.
         """
         description: dict[str, Any] = {}
         # A script's request is nowhere, as one without a header: the worker knows better.
@@ -224,7 +224,7 @@ def _frozen(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, allow_nan=False), parse_int=_whole)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueNotPropagated(name, error) from None
+        raise OptionNotSendable.captured(name, error) from None
 
 
 def _whole(digits: str) -> int:

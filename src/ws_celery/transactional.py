@@ -11,7 +11,7 @@ import transaction
 from celery.exceptions import Ignore
 from transaction.interfaces import NoTransaction
 
-from ws_celery.exceptions import ConfigurationError, CutOff, Duplicate, ForeignMessage
+from ws_celery.exceptions import Abandoned, ConfigurationError
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.recording import Publication, holding, is_immediate
 from ws_celery.tasks import RequestAwareTask
@@ -59,10 +59,6 @@ def _is_of_driver(error: Exception) -> bool:
     known = _NUMBERS.get(package, ())
     # MariaDB's own driver has the number in an attribute only.
     return any(number in known for number in (getattr(original, "errno", None), *original.args[:1]))
-
-
-#: Ends of a run that do not commit, though Celery stores nothing for them.
-_WITHOUT_EFFECT = (CutOff, Duplicate, ForeignMessage)
 
 
 class TransactionalTask(RequestAwareTask):
@@ -124,7 +120,7 @@ class TransactionalTask(RequestAwareTask):
                 try:
                     return self._run_and_commit(manager, request, args, kwargs, claim)
                 except BaseException as error:
-                    if isinstance(error, Ignore) and not isinstance(error, _WITHOUT_EFFECT):
+                    if isinstance(error, Ignore) and not isinstance(error, Abandoned):
                         raise  # it has committed
                     conflict = is_conflict(manager, error)
                     cut_off = claim is not None and claim.is_cut_off(error)

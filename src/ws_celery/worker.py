@@ -23,8 +23,8 @@ from celery.loaders.app import AppLoader
 from celery.worker.request import Request as CeleryRequest
 
 from ws_celery.compat import get_current_app
-from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, listen, tell
-from ws_celery.exceptions import ConfigurationError, Duplicate, ForeignMessage, Skipped
+from ws_celery.events import TaskFinished, WorkerProcessInit, has_subscriber, listen, notify
+from ws_celery.exceptions import Abandoned, ConfigurationError, Skipped
 from ws_celery.logs import filter_handlers
 from ws_celery.masking import masked_text
 from ws_celery.publishing import lighten
@@ -180,7 +180,7 @@ class PyramidFixup:
         if os.getpid() != self._pid:
             self._connections.forget()
         if get_current_app() is self.app:  # and not another one of this process
-            tell(WorkerProcessInit(self.app))
+            notify(WorkerProcessInit(self.app))
 
     def on_process_shutdown(self, **_: Any) -> None:
         """Wait for what is spooled: a child of a pool ends without what Python does at an exit."""
@@ -197,7 +197,7 @@ class PyramidFixup:
     def on_worker_ready(self, sender: Any = None, **_: Any) -> None:
         """Tell the application, where the pool has no signal for it: threads and greenlets."""
         if sender.app is self.app and _runs_tasks_here(sender.pool):
-            tell(WorkerProcessInit(self.app))
+            notify(WorkerProcessInit(self.app))
 
 
 class PyramidLoader(AppLoader):
@@ -257,7 +257,8 @@ def _told(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
     state, outcome = run["state"], run["retval"]
-    if isinstance(outcome, (Duplicate, ForeignMessage, Skipped)):
+    is_elsewhere = isinstance(outcome, Abandoned) and outcome.reason != "cut off"
+    if is_elsewhere or isinstance(outcome, Skipped):
         return  # it is no run: another one has the effect, or the lock
     if state is None:  # the error is on its way to the caller of an eager task
         outcome = sys.exc_info()[1]
@@ -269,7 +270,7 @@ def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
     event = TaskFinished(
         task.app, task, run["task_id"], run["args"], run["kwargs"], state, result, error, runtime
     )
-    tell(event)
+    notify(event)
 
 
 def _runs_tasks_here(pool: Any) -> bool:

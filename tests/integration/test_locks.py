@@ -16,7 +16,7 @@ from tests.waiting import SOON, wait_for
 
 from ws_celery import RequestAwareTask, one_instance, task
 from ws_celery.events import LockLost, TaskFinished, TaskSkipped
-from ws_celery.exceptions import Duplicate, LockGone
+from ws_celery.exceptions import Abandoned, LockGone
 from ws_celery.locks import Held
 from ws_celery.testing.captured import run_as_worker
 
@@ -510,7 +510,7 @@ def test_the_row_of_a_run_that_goes_on_is_not_settled_by_its_duplicate(
     (row,) = rows_of(app)
     publication = app.celery.outbox.publication_of(row)
 
-    with pytest.raises(Duplicate, match="runs elsewhere"):
+    with pytest.raises(Abandoned, match="runs elsewhere"):
         run_as_worker(app.celery, publication, {})
     assert [each.id for each in rows_of(app)] == [row.id]
     assert result.state == "PENDING"

@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from ws_celery import inspection
 from ws_celery.cli.locks import locks
-from ws_celery.exceptions import LocksUnavailable, NoSuchLock
+from ws_celery.exceptions import LocksUnavailable, NotFound
 from ws_celery.locks import Held, Holder
 from ws_celery.locks.postgresql import number_of
 
@@ -113,7 +113,7 @@ def test_what_was_freed_is_json_for_programs(run, held):
 
 
 def test_a_lock_that_nobody_holds_cannot_be_freed(run):
-    with pytest.raises(NoSuchLock, match=r"No run holds the lock 'a \{key\}'"):
+    with pytest.raises(NotFound, match=r"No run holds the lock 'a \{key\}'"):
         run("free", "a {key}", "--yes")
 
 
@@ -121,7 +121,7 @@ def test_a_lock_that_has_gone_meanwhile_is_not_freed(app, held):
     holder = inspection.lock_holder(app.celery, held.key)
     held.end()
 
-    with pytest.raises(NoSuchLock):
+    with pytest.raises(NotFound, match="No run holds"):
         inspection.free_lock(app.registry, holder)
 
 

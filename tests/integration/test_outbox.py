@@ -19,7 +19,7 @@ from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, immediately, task
 from ws_celery.eager import received as received_by_worker
-from ws_celery.exceptions import OutboxTableError, OutboxUnreachable
+from ws_celery.exceptions import SessionError, TableError
 from ws_celery.inspection import health
 from ws_celery.outbox.journal import publication_of
 from ws_celery.outbox.tables import aware as aware_of
@@ -226,7 +226,7 @@ def test_a_task_can_opt_out(app):
 
 
 def test_a_dispatch_that_cannot_reach_the_session_fails_at_the_call(app):
-    with transaction.manager, pytest.raises(OutboxUnreachable, match="Pass the request"):
+    with transaction.manager, pytest.raises(SessionError, match="Pass the request"):
         app.celery.send_task("write", (1,))
 
     assert app.sent() == []
@@ -324,7 +324,7 @@ def test_a_missing_table_says_what_to_do(make, database):
     transaction.begin()
     write.delay(request, 1)
 
-    with pytest.raises(OutboxTableError, match="ws-celery outbox create"):
+    with pytest.raises(TableError, match="ws-celery outbox create"):
         transaction.commit()
 
     transaction.abort()

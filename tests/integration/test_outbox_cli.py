@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from ws_celery import inspection, task
 from ws_celery.cli.outbox import outbox
-from ws_celery.exceptions import NoSuchRow, OutboxNotOn, OutboxTableError
+from ws_celery.exceptions import NotFound, NotIncluded, TableError
 
 
 @task(name="send_mail")
@@ -78,7 +78,7 @@ def test_create_refuses_another_table_of_the_name(app, run, database):
     app.celery.outbox.rows.table.drop(database.engine)
     database.execute("CREATE TABLE ws_celery_outbox (id INTEGER PRIMARY KEY)")
 
-    with pytest.raises(OutboxTableError, match="the column task_id is missing"):
+    with pytest.raises(TableError, match="the column task_id is missing"):
         run("create")
 
 
@@ -128,7 +128,7 @@ def test_show_has_the_traceback_the_attempts_and_the_times(run, dead):
 
 
 def test_what_is_not_there_says_so(run):
-    with pytest.raises(NoSuchRow, match="list --all"):
+    with pytest.raises(NotFound, match="list --all"):
         run("show", "nothing")
 
 
@@ -137,7 +137,7 @@ def test_a_task_id_used_twice_shows_both_and_asks_for_one(run, dispatch):
         dispatch(address, task_id="mine")
 
     assert run("show", "mine")[1].count("send_mail") == 2
-    with pytest.raises(NoSuchRow, match="Name one of them"):
+    with pytest.raises(NotFound, match="Name one of them"):
         run("retry", "mine")
 
 
@@ -229,7 +229,7 @@ def test_rows_are_named_or_all_dead_are_meant(run, arguments):
 
 
 def test_an_application_without_an_outbox_says_how_to_switch_it_on(make_app):
-    with pytest.raises(OutboxNotOn, match=r"ws_celery.outbox = true"):
+    with pytest.raises(NotIncluded, match=r"ws_celery.outbox = true"):
         inspection.outbox_rows(make_app().registry)
 
 

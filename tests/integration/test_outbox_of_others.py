@@ -15,7 +15,7 @@ from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, task
 from ws_celery.events import TaskFinished
-from ws_celery.exceptions import Duplicate, ForeignMessage
+from ws_celery.exceptions import Abandoned, Unavailable
 from ws_celery.outbox import outbox_table
 from ws_celery.outbox.tables import place_of
 from ws_celery.recording import OUTBOX_HEADER
@@ -100,14 +100,14 @@ def test_what_follows_a_task_that_cannot_see_its_row_is_refused(owner, other, ro
     def at_first_not():
         calls.append(1)
         if len(calls) == 1:
-            raise other.celery.outbox.unavailable("it starts")
+            raise Unavailable("outbox", "it starts")
         return begin()
 
     other.celery.outbox.begin = at_first_not
     (row,) = rows_of(owner)
     publication = owner.celery.outbox.publication_of(row)
     publication.options["headers"].update(message.headers)
-    with pytest.raises(ForeignMessage, match="in another outbox"):
+    with pytest.raises(Abandoned, match="in another outbox"):
         run_as_worker(other.celery, publication, {})
 
     assert len(rows_of(owner)) == 1
@@ -140,7 +140,7 @@ def test_a_message_that_does_not_tell_its_outbox_is_as_it_was(owner, other, rows
     publication.options["headers"].update(message.headers)
     assert publication.options["headers"].pop(OUTBOX_HEADER)
 
-    with pytest.raises(Duplicate):
+    with pytest.raises(Abandoned, match="has run"):
         run_as_worker(other.celery, publication, {})
     assert run_as_worker(owner.celery, publication, {}) == 1
     assert rows_of(owner) == []

@@ -9,7 +9,7 @@ from sqlalchemy import event, text
 from transaction import TransactionManager
 
 from ws_celery import task
-from ws_celery.exceptions import OutboxDetached
+from ws_celery.exceptions import SessionError
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
 
@@ -117,7 +117,7 @@ def test_a_dispatch_in_the_middle_of_the_commit_is_refused(make_outbox, database
     transaction.begin()
     transaction.get().join(_Late(lambda: work.delay(request, 1)))
 
-    with pytest.raises(OutboxDetached, match="dispatch before it commits"):
+    with pytest.raises(SessionError, match="dispatch before it commits"):
         transaction.commit()
 
     transaction.abort()
@@ -195,7 +195,7 @@ def test_a_request_whose_own_transaction_is_not_open_is_refused_at_the_call(
     app = make_outbox(database, work, **EXPLICIT)
     request = app.request()
 
-    with transaction.manager, pytest.raises(OutboxDetached, match="whose transaction is open"):
+    with transaction.manager, pytest.raises(SessionError, match="whose transaction is open"):
         work.delay(request, 1)
 
     assert rows_of(app) == app.sent() == []
@@ -212,7 +212,7 @@ def test_a_session_that_works_in_another_transaction_is_refused_at_the_call(
     session.execute(text("SELECT 1"))
     request.dbsession = session
 
-    with transaction.manager, pytest.raises(OutboxDetached, match="belongs to another"):
+    with transaction.manager, pytest.raises(SessionError, match="belongs to another"):
         work.delay(request, 1)
 
     other.abort()

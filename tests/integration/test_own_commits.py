@@ -14,7 +14,7 @@ from tests.waiting import wait_for
 from transaction.interfaces import TransientError
 
 from ws_celery import task
-from ws_celery.exceptions import Duplicate
+from ws_celery.exceptions import Abandoned
 from ws_celery.outbox.relay import Deliveries
 from ws_celery.recording import Publication
 from ws_celery.testing.captured import run_as_worker
@@ -277,7 +277,7 @@ def test_a_process_that_dies_after_a_commit_of_its_function_leaves_a_dead_letter
     (message,) = app.sent()
     with pytest.raises(SystemExit):
         run_as_worker(app.celery, publication_of(message), {})
-    with pytest.raises(Duplicate):
+    with pytest.raises(Abandoned, match="has run"):
         run_as_worker(app.celery, publication_of(message), {})
 
     (rest,) = rows_of(app)
@@ -401,7 +401,7 @@ def test_a_run_whose_claim_was_given_back_by_an_abort_ends_as_a_duplicate_of_ano
     app = make_outbox(postgres, aborting, **options)
     send(app, aborting)
     messages += app.sent()
-    with pytest.raises(Duplicate):
+    with pytest.raises(Abandoned, match="has run"):
         run_as_worker(app.celery, publication_of(messages[0]), {})
 
     assert len(runs) == 2
@@ -508,6 +508,6 @@ def test_a_function_that_rolls_back_its_session_itself_fails_and_has_no_effect(
     send(app, rolling_back)
     ended = run_all(app, twice=True)
 
-    assert ended == ["ResourceClosedError", "Duplicate"]
+    assert ended == ["ResourceClosedError", "Abandoned"]
     assert numbers(database) == []
     assert [row.due_at for row in rows_of(app)] == [None]

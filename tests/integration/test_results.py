@@ -20,11 +20,11 @@ from ws_celery import inspection, task
 from ws_celery.cli.results import result, results
 from ws_celery.cli.tasks import call
 from ws_celery.exceptions import (
-    NoSuchResult,
+    NotFound,
     NotRunYet,
-    ResultsNotListed,
-    ResultsUnavailable,
+    NotSupported,
     Skipped,
+    Unavailable,
 )
 from ws_celery.locks import Held, rule_of
 
@@ -291,9 +291,9 @@ def test_a_forgotten_result_is_gone(app, store, run):
     assert run(app, "forget", "one", "--yes") == (0, "Deleted 1 result.\n")
 
     assert ids(inspection.stored_results(app.registry)) == ["two"]
-    with pytest.raises(NoSuchResult, match="the task one"):
+    with pytest.raises(NotFound, match="the task one"):
         inspection.result_of(app.registry, "one")
-    with pytest.raises(NoSuchResult):
+    with pytest.raises(NotFound, match="no result"):
         inspection.forget_results(app.registry, "one")
 
 
@@ -332,7 +332,7 @@ def test_without_extended_results_there_are_no_tasks_to_ask_for(make, sqlite_url
 
     (found,) = inspection.stored_results(app.registry)
     assert (found.task, found.arguments) == (None, None)
-    with pytest.raises(ResultsNotListed, match="result_extended = true"):
+    with pytest.raises(NotSupported, match="result_extended = true"):
         inspection.stored_results(app.registry, task="send_mail")
 
 
@@ -350,7 +350,7 @@ def test_a_database_that_is_down_is_a_sentence_and_nothing_else(make, caplog, co
 
     error = CliRunner().invoke(command, arguments, obj=SimpleNamespace(app=app.celery)).exception
 
-    assert isinstance(error, ResultsUnavailable)
+    assert isinstance(error, Unavailable)
     assert "does not answer" in str(error)
     assert "hunter2" not in str(error)
     assert not caplog.records  # Celery logs each time that it tries again
@@ -367,21 +367,21 @@ def test_redis_finds_results_by_id_only(on_redis, store):
     found = inspection.result_of(on_redis.registry, "inspected")
     assert (found.task, found.result) == ("send_mail", {"sent": 1})
     assert found.done
-    with pytest.raises(ResultsNotListed, match=r"\(Redis\) finds a result by the id"):
+    with pytest.raises(NotSupported, match=r"\(Redis\) finds a result by the id"):
         inspection.stored_results(on_redis.registry)
     inspection.forget_results(on_redis.registry, "inspected")
-    with pytest.raises(NoSuchResult):
+    with pytest.raises(NotFound, match="no result"):
         inspection.result_of(on_redis.registry, "inspected")
 
 
 def test_an_application_without_a_result_backend_says_so(make_app):
     app = make_app(send_mail)
 
-    with pytest.raises(NoSuchResult):
+    with pytest.raises(NotFound, match="no result"):
         inspection.result_of(app.registry, "one")
     context = SimpleNamespace(app=app.celery)
-    assert isinstance(CliRunner().invoke(result, ["one"], obj=context).exception, NoSuchResult)
-    with pytest.raises(ResultsNotListed, match=r"\(none\)"):
+    assert isinstance(CliRunner().invoke(result, ["one"], obj=context).exception, NotFound)
+    with pytest.raises(NotSupported, match=r"\(none\)"):
         inspection.stored_results(app.registry)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from ws_celery import inspection, task
 from ws_celery.beat.sources import entries_of
 from ws_celery.cli.schedule import schedule
-from ws_celery.exceptions import ConfigurationError, EntryRefused, NoSuchEntry
+from ws_celery.exceptions import ConfigurationError, EntryRefused, NotFound
 
 INI = """
 [celerybeat:backup]
@@ -164,7 +164,7 @@ def test_edits_tell_the_next_tick(run):
         (("add", "a", "taks=work"), EntryRefused, "unknown field taks; did you mean task?"),
         (("add", "backup", *WEEKLY), EntryRefused, "ws-celery schedule edit backup"),
         (("edit", "backup", "--reset", "arg"), EntryRefused, "did you mean args?"),
-        (("show", "gone"), NoSuchEntry, "ws-celery schedule list"),
+        (("show", "gone"), NotFound, "ws-celery schedule list"),
         (("import", __file__, "--once"), ConfigurationError, "is not JSON"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from ws_celery import inspection, task
-from ws_celery.exceptions import EntryRefused, NoSuchEntry, ScheduleNotOn, ScheduleTableError
+from ws_celery.exceptions import EntryRefused, NotFound, NotIncluded, TableError
 
 NIGHTLY = {"task": "work", "type": "crontab", "schedule": "30 3 * * *", "kwargs": {"days": 1}}
 INI = """
@@ -244,7 +244,7 @@ def test_removing_deletes_an_entry_of_the_database_and_the_edits_of_others(app):
     inspection.remove_schedule_entry(app, "nightly")
     inspection.remove_schedule_entry(app, "backup")
 
-    with pytest.raises(NoSuchEntry):
+    with pytest.raises(NotFound, match="no schedule entry"):
         entry(app, "nightly")
     assert entry(app, "backup").fields["description"] == "From the INI"
     with pytest.raises(EntryRefused, match="from the INI file, and nothing of it was edited"):
@@ -263,7 +263,7 @@ def test_removing_deletes_an_entry_of_the_database_and_the_edits_of_others(app):
     ],
 )
 def test_an_entry_that_is_not_there_is_named(app, edit):
-    with pytest.raises(NoSuchEntry, match="There is no schedule entry 'gone'"):
+    with pytest.raises(NotFound, match="There is no schedule entry 'gone'"):
         edit(app)
 
 
@@ -551,7 +551,7 @@ def test_a_schedule_without_entries_is_healthy(make):
 def test_a_missing_table_is_named_with_the_command_that_creates_it(app, database):
     app.schedule.table.drop(database.engine)
 
-    with pytest.raises(ScheduleTableError, match="ws-celery schedule create"):
+    with pytest.raises(TableError, match="ws-celery schedule create"):
         inspection.schedule_entries(app)
     assert inspection.create_schedule(app)
     assert not inspection.create_schedule(app)
@@ -569,7 +569,7 @@ def test_without_a_database_the_schedule_can_be_looked_at_and_not_edited(make_ap
         lambda: inspection.schedule_health(app.registry),
         lambda: inspection.create_schedule(app.registry),
     ):
-        with pytest.raises(ScheduleNotOn, match=r"ws_celery\.beat = true"):
+        with pytest.raises(NotIncluded, match=r"ws_celery\.beat = true"):
             refused()
 
 

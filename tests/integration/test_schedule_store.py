@@ -13,10 +13,10 @@ from ws_celery import ConfigurationError, task
 from ws_celery.beat.sources import check_sources
 from ws_celery.beat.store import schedule_table
 from ws_celery.exceptions import (
-    NoSuchEntry,
-    ScheduleTableError,
-    ScheduleUnavailable,
-    ScheduleUnreachable,
+    NotFound,
+    SessionError,
+    TableError,
+    Unavailable,
 )
 
 TICK = datetime(2027, 1, 31, 9, 0, 0, 250000, tzinfo=timezone.utc)
@@ -94,7 +94,7 @@ def test_what_was_edited_of_an_entry_of_the_ini_is_taken_back_and_its_last_tick_
 
 
 def test_what_is_not_there_cannot_be_removed(store):
-    with pytest.raises(NoSuchEntry, match="no schedule entry 'e'"):
+    with pytest.raises(NotFound, match="no schedule entry 'e'"):
         store.remove("e")
 
 
@@ -184,11 +184,11 @@ def test_alembic_finds_no_difference(store, database):
 def test_another_table_of_the_name_is_told(store, database):
     store.table.drop(database.engine)
     store.table.metadata.remove(store.table)
-    with pytest.raises(ScheduleTableError, match=r"does not exist.*ws-celery schedule create"):
+    with pytest.raises(TableError, match=r"does not exist.*ws-celery schedule create"):
         store.load()
 
     edit(store, "CREATE TABLE ws_celery_schedule (name INTEGER)")
-    with pytest.raises(ScheduleTableError, match=r"ws_celery\.beat\.table"):
+    with pytest.raises(TableError, match=r"ws_celery\.beat\.table"):
         store.create_table()
 
 
@@ -209,7 +209,7 @@ def test_alembic_gets_it_with_a_metadata_of_its_own():
 def test_an_application_without_a_session_is_told(make_app):
     app = make_app(work, ws_celery__beat="true").celery
 
-    with pytest.raises(ScheduleUnreachable, match=r"ws_celery\.dbsession"):
+    with pytest.raises(SessionError, match=r"ws_celery\.dbsession"):
         app.schedule.load()
 
 
@@ -239,5 +239,5 @@ def test_a_database_that_does_not_answer_is_told(make_app):
 
     app = make_app(work, setup=include, ws_celery__beat="true").celery
 
-    with pytest.raises(ScheduleUnavailable, match="The database of the schedule does not answer"):
+    with pytest.raises(Unavailable, match="The database of the schedule does not answer"):
         app.schedule.load()

@@ -106,36 +106,6 @@ def test_root_is_a_warning(site, monkeypatch):
     assert (finding.severity, finding.code) == ("warning", "root")
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "def view(request):\n    return request.celery_app.AsyncResult('x')",
-        "def view(request):\n    return known.delay(request).get(timeout=1)",
-        "from celery import chord\ndef view(request):\n    chord([known.s()])(known.s())",
-    ],
-)
-def test_results_that_are_read_without_a_backend_are_a_warning(found, code):
-    finding = found("", code)["no-result-backend"]
-
-    assert finding.severity == "warning"
-    assert finding.line > 8
-
-
-def test_results_that_are_read_with_a_backend_are_none(found):
-    code = "def view(request):\n    return known.delay(request).get()"
-
-    assert found("result_backend = cache+memory://\n", code) == {}
-
-
-def test_an_engine_made_at_import_is_a_warning_if_the_pool_forks(found):
-    code = 'from sqlalchemy import create_engine\nengine = create_engine("sqlite://")'
-
-    finding = found("", code)["engine-at-import"]
-
-    assert finding.severity == "warning"
-    assert ".engine is an engine made at import" in finding.text
-
-
 def test_queues_without_the_default_one_are_a_warning(found):
     finding = found("[celeryqueue:slow]\n")["default-queue"]
 

@@ -16,7 +16,7 @@ from ws_celery import celery_app, get_celery_app, task
 from ws_celery.app import load_registry
 from ws_celery.cli import main, main_group
 from ws_celery.cli.application import check_schedule, load_celery_app
-from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NoSuchEntry
+from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotFound
 from ws_celery.inspection import schedule_entry
 
 #: What modules of applications do at import with Celery's app, and the tasks that come of it.
@@ -199,7 +199,7 @@ def test_a_handler_declares_entries_of_each_application_that_scans_it(make_app, 
     apps = [make_app(setup=lambda config: config.scan(f"{name}_tasks")) for _ in range(2)]
 
     assert [entry_of(app.celery) for app in apps] == [EXPECTED, EXPECTED]
-    with pytest.raises(NoSuchEntry):
+    with pytest.raises(NotFound, match="no schedule entry"):
         schedule_entry(make_app(add).celery, "often")
 
 

@@ -38,13 +38,7 @@ from sqlalchemy import select as select_
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from ws_celery.beat.entries import LONGEST_NAME, Known
-from ws_celery.exceptions import (
-    NoSuchEntry,
-    ScheduleReadOnly,
-    ScheduleTableError,
-    ScheduleUnavailable,
-    ScheduleUnreachable,
-)
+from ws_celery.exceptions import NotFound, Part
 from ws_celery.masking import logger_of
 from ws_celery.outbox.store import Database
 from ws_celery.outbox.tables import LongText, Time, aware, seconds_from_now
@@ -173,11 +167,7 @@ class Store(Database):
     :param table: name of the table.
     """
 
-    name = "the schedule"
-    table_error = ScheduleTableError
-    read_only = ScheduleReadOnly
-    unavailable = ScheduleUnavailable
-    unreachable = ScheduleUnreachable
+    part: Part = "schedule"
 
     def __init__(self, app: Any, table: str = "ws_celery_schedule") -> None:
         super().__init__(app, schedule_table(table))
@@ -263,14 +253,14 @@ class Store(Database):
     def remove(self, name: str, connection: Connection | None = None) -> None:
         """Forget an entry of the database, or what was edited of another one.
 
-        :raises NoSuchEntry: if the database does not know it.
+        :raises NotFound: if the database does not know it.
         """
         columns = self.table.c
         with self._in(connection) as own:
             found = select_(columns.origin).where(columns.name == name).with_for_update()
             origin = own.scalar(found)
             if origin is None:
-                raise NoSuchEntry(name)
+                raise NotFound("entry", name)
             if origin == "database":
                 own.execute(delete(self.table).where(columns.name == name))
                 self._notify(own)

@@ -6,18 +6,18 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from celery import Task
 from kombu.serialization import prepare_accept_content
 from kombu.serialization import registry as serializers
 from pyramid.settings import asbool
 
 from ws_celery.beat.entries import problem_of_queue
 from ws_celery.beat.sources import entries_of, problems_of_sources
-from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
-from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import ConfigurationError, Fault, WsCeleryError
 from ws_celery.inspection import outbox_state
@@ -30,7 +30,18 @@ from ws_celery.tasks import problem_of_request
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("check_pool", "entries_of_code", "look_at_application")
+__all__ = (
+    "ERROR",
+    "NOTE",
+    "WARNING",
+    "Finding",
+    "check_pool",
+    "entries_of_code",
+    "findings_in",
+)
+
+#: How bad a finding is.
+ERROR, WARNING, NOTE = "error", "warning", "note"
 
 #: Seconds after which a transport gives a message that is not acknowledged to another worker.
 _VISIBILITY = {"redis": 3600, "rediss": 3600, "sentinel": 3600, "sqs": 1800}
@@ -55,13 +66,41 @@ _LOGGING = (
 )
 
 
-def look_at_application(
+@dataclass(frozen=True)
+class Finding:
+    """One thing that somebody should know.
+
+    :param severity: ``error``, ``warning`` or ``note``.
+    :param code: a short name that stays the same, for programs.
+    :param text: what it is, and the remedy.
+    :param file: where it is written, as far as that is known.
+    :param line: line in that file.
+    """
+
+    severity: str
+    code: str
+    text: str
+    file: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.file, self.line) if part is not None)
+        return f"{place}: {self.text}" if place else self.text
+
+    @classmethod
+    def at(cls, place: Place | None, severity: str, code: str, text: str) -> Finding:
+        """Return the finding about what is written at ``place``."""
+        if place is None:
+            return cls(severity, code, text)
+        return cls(severity, code, text, place.file, place.line)
+
+
+def findings_in(
     app: PyramidCelery, configuration: Configuration, config_uri: str
 ) -> Iterator[Finding]:
     """Find what is wrong or doubtful; the broker is asked for a connection, nothing is sent."""
     yield from _broker(app, configuration)
     yield from _outbox(app)
-    app.finalize()  # its handlers may declare entries
     yield from _schedule(app, configuration)
     yield from _without_effect(app, configuration, config_uri)
     yield from _tasks(app, configuration)
@@ -74,8 +113,6 @@ def look_at_application(
     if not _is_development(app, config_uri):
         yield from _for_development(configuration)
     yield from _pickle(app, configuration)
-    yield from _results(app)
-    yield from _engines(app)
 
 
 # --- The broker -------------------------------------------------------------------------------
@@ -179,7 +216,7 @@ def _takes_an_argument(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _problem_of_content(app: PyramidCelery, task: Any) -> str | None:
+def _problem_of_content(app: PyramidCelery, task: Task) -> str | None:
     kind = serializers.name_to_type.get(task.serializer)
     accepted = prepare_accept_content(app.conf.accept_content)
     if kind is None or accepted is None or kind in accepted:
@@ -295,7 +332,7 @@ def _times(app: PyramidCelery, configuration: Configuration) -> Iterator[tuple[f
             yield from _numbers(value, f"{name} of [celerybeat:{entry_name}]")
 
 
-def _numbers(value: Any, name: str) -> Iterator[tuple[float, str]]:
+def _numbers(value: object, name: str) -> Iterator[tuple[float, str]]:
     if isinstance(value, (int, float)):
         yield value, name
 
@@ -357,22 +394,3 @@ def _pickle(app: PyramidCelery, configuration: Configuration) -> Iterator[Findin
         if {"pickle", "application/x-python-serialize"} & set(accepted):
             text = f"{name} has pickle: whoever can write to the broker can run any code here"
             yield Finding.at(configuration.place(name), WARNING, "pickle", text)
-
-
-# --- Code -------------------------------------------------------------------------------------
-
-
-def _results(app: PyramidCelery) -> Iterator[Finding]:
-    if app.conf.result_backend not in (None, "", "disabled", "disabled://"):
-        return
-    for file, line in places_that_read_results(modules_of(app)):
-        text = "a result is read here, but there is no result_backend"
-        yield Finding(WARNING, "no-result-backend", text, file, line)
-
-
-def _engines(app: PyramidCelery) -> Iterator[Finding]:
-    if app.conf.worker_pool not in ("prefork", "processes"):
-        return
-    for name, file in engines_of_modules():
-        text = f"{name} is an engine made at import, before the pool forks; make it in includeme()"
-        yield Finding(WARNING, "engine-at-import", text, file)

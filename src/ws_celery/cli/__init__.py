@@ -48,19 +48,11 @@ from ws_celery.cli.tasks import call, status, tasks, workers
 from ws_celery.cli.worker import beat, flower, multi, relay, worker
 from ws_celery.exceptions import (
     BrokerUnavailable,
-    CannotPeek,
     ConfigurationError,
     LocksUnavailable,
-    NoSuchEntry,
-    NoSuchLock,
-    NoSuchQueue,
-    NoSuchResult,
-    NoSuchRow,
-    NoWorker,
-    OutboxUnavailable,
-    ResultsNotListed,
-    ResultsUnavailable,
-    ScheduleUnavailable,
+    NotFound,
+    NotSupported,
+    Unavailable,
     WsCeleryError,
 )
 from ws_celery.masking import masked_text
@@ -125,19 +117,11 @@ _APP_OPTIONS = tuple(
 
 _USAGE = 2
 _EXIT_CODES: dict[type[WsCeleryError], int] = {
-    CannotPeek: 1,
-    NoSuchEntry: 1,
-    NoSuchLock: 1,
-    NoSuchQueue: 1,
-    NoSuchResult: 1,
-    NoSuchRow: 1,
-    ResultsNotListed: 1,
+    NotFound: 1,
+    NotSupported: 1,
     BrokerUnavailable: EX_UNAVAILABLE,
     LocksUnavailable: EX_UNAVAILABLE,
-    NoWorker: EX_UNAVAILABLE,
-    OutboxUnavailable: EX_UNAVAILABLE,
-    ResultsUnavailable: EX_UNAVAILABLE,
-    ScheduleUnavailable: EX_UNAVAILABLE,
+    Unavailable: EX_UNAVAILABLE,
 }
 
 

@@ -233,6 +233,5 @@ def check_schedule(app: PyramidCelery) -> None:
 
     :raises ConfigurationError: with all that cannot.
     """
-    app.finalize()  # its handlers may declare entries
     check_sources(app)
     install(app)

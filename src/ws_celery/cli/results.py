@@ -17,7 +17,7 @@ from celery.bin.result import result as celery_result
 from ws_celery import inspection
 from ws_celery.cli.tables import LIMIT, arguments_of, confirm, echo, fields_of, table, time_of
 from ws_celery.events import SKIPPED
-from ws_celery.exceptions import NoSuchResult, TaskNotRegistered
+from ws_celery.exceptions import NotFound, TaskNotRegistered
 from ws_celery.inspection.results import answering, backend_of
 from ws_celery.masking import masked, printable
 from ws_celery.shown_arguments import shown_text
@@ -41,7 +41,7 @@ def _result(context: click.Context, /, task_id: str, task: str | None, traceback
     if task and task not in app.tasks:
         raise TaskNotRegistered(task)
     if isinstance(backend_of(app), DisabledBackend):
-        raise NoSuchResult(task_id)
+        raise NotFound("result", task_id)
     with answering():
         result = (app.tasks[task] if task else app).AsyncResult(task_id)
         value = result.traceback if traceback else _awaited(result)

@@ -14,7 +14,7 @@ from kombu.exceptions import OperationalError
 
 from ws_celery.compat import delete_virtual_queue, virtual_queue_size
 from ws_celery.control import RedisQueues
-from ws_celery.exceptions import BrokerUnavailable, CannotPeek
+from ws_celery.exceptions import BrokerUnavailable, NotSupported
 from ws_celery.masking import masked_text
 
 __all__ = ("Broker", "Depth", "connected")
@@ -88,9 +88,9 @@ class Broker:
     def peek(self, _name: str, _limit: int) -> list[Any]:
         """Return the messages that are taken next, as they lie there.
 
-        :raises CannotPeek: if it cannot show them without taking them.
+        :raises NotSupported: if it cannot show them without taking them.
         """
-        raise CannotPeek(self.kind)
+        raise NotSupported("peek", self.kind)
 
     def delete(self, name: str) -> None:
         """Delete a queue and what is in it."""

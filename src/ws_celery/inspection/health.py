@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.beat.sources import entries_of
 from ws_celery.beat.ticks import next_tick
-from ws_celery.exceptions import NothingToProbe, ScheduleNotOn, WsCeleryError
+from ws_celery.exceptions import ConfigurationError, NotIncluded, WsCeleryError
 from ws_celery.inspection.schedule import as_json, look
 from ws_celery.masking import masked_text
 from ws_celery.request import task_request
@@ -61,12 +61,12 @@ def schedule_health(source: Any, late: timedelta = timedelta(minutes=1)) -> Sche
     """Look whether beats send the ticks of the schedule in time.
 
     :param late: by how much a tick may be late.
-    :raises ScheduleNotOn: if the application keeps no schedule in its database, so that nobody but
+    :raises NotIncluded: if the application keeps no schedule in its database, so that nobody but
         beat itself knows; ``ws-celery beat --health-file`` is for that.
     """
     app, known, now = look(source)
     if app.schedule is None:
-        raise ScheduleNotOn
+        raise NotIncluded("schedule")
     entries = [entry for entry in entries_of(app, known).values() if entry.ticks]
     seen = {name for name, each in known.items() if each.seen_at}
     last = max((each.sent_at for each in known.values() if each.sent_at), default=None)
@@ -137,7 +137,7 @@ def health(  # noqa: PLR0913 - a probe says all of it in one line
     :param beat_file: the health file of beat.
     :param max_age: seconds that a file may be old, or a row of the outbox overdue.
     :param timeout: seconds that all may take together.
-    :raises NothingToProbe: if one of ``parts`` is nothing that can be asked.
+    :raises ConfigurationError: if one of ``parts`` is nothing that can be asked.
     """
     app = get_celery_app(source)
     probes: dict[str, Callable[[], str]] = {
@@ -153,10 +153,21 @@ def health(  # noqa: PLR0913 - a probe says all of it in one line
         probes["beat"] = partial(_file, beat_file, max_age)
     for part in parts:
         if part not in probes:
-            raise NothingToProbe(part, probes)
+            raise _nothing_to_probe(part, probes)
     asked = [_Answer(name, probes[name]) for name in probes if not parts or name in parts]
     deadline = time.monotonic() + timeout
     return [answer.by(deadline, timeout) for answer in asked]
+
+
+def _nothing_to_probe(part: str, parts: Iterable[str]) -> ConfigurationError:
+    remedies = {
+        "relay": " Without an outbox it needs the health file of a relay (--relay-file).",
+        "beat": " It needs the health file of beat (--beat-file).",
+    }
+    return ConfigurationError(
+        f"The part {part} cannot be asked whether it is healthy; those of this application: "
+        f"{', '.join(parts)}.{remedies.get(part, '')} Name one of these, or leave it out."
+    )
 
 
 class _Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ws_celery.app import get_celery_app
-from ws_celery.exceptions import NoSuchLock
+from ws_celery.exceptions import NotFound
 from ws_celery.locks import Holder
 
 __all__ = ("Holder", "free_lock", "lock_holder", "lock_holders")
@@ -25,12 +25,12 @@ def lock_holders(source: Any) -> list[Holder]:
 def lock_holder(source: Any, key: str) -> Holder:
     """Return who holds the lock of a key.
 
-    :raises NoSuchLock: if nobody does.
+    :raises NotFound: if nobody does.
     :raises LocksUnavailable: if what keeps it does not answer.
     """
     holder: Holder | None = get_celery_app(source).locks.store.holder_of(key)
     if holder is None:
-        raise NoSuchLock(key)
+        raise NotFound("lock", key)
     return holder
 
 
@@ -38,8 +38,8 @@ def free_lock(source: Any, holder: Holder) -> None:
     """Take a lock away from this holder: another run with its key may begin, though he goes on.
 
     :param holder: what :func:`lock_holder` has returned; another one keeps the lock.
-    :raises NoSuchLock: if he does not hold it any more.
+    :raises NotFound: if he does not hold it any more.
     :raises LocksUnavailable: if what keeps it does not answer.
     """
     if not get_celery_app(source).locks.store.free(holder):
-        raise NoSuchLock(holder.key)
+        raise NotFound("lock", holder.key)

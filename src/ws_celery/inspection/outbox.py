@@ -12,7 +12,7 @@ from uuid import UUID
 from kombu.serialization import loads, prepare_accept_content
 
 from ws_celery.app import get_celery_app
-from ws_celery.exceptions import BrokenRow, NoSuchRow, OutboxNotOn
+from ws_celery.exceptions import BrokenRow, NotFound, NotIncluded
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
 
@@ -117,10 +117,10 @@ def create_outbox(source: Any) -> bool:
     """Create the table of the outbox if it is missing.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
-        functions; each of them raises ``OutboxNotOn``, ``OutboxTableError`` and
-        ``OutboxUnavailable`` (see :mod:`ws_celery.exceptions`).
+        functions; each of them raises ``NotIncluded``, ``TableError`` and
+        ``Unavailable`` (see :mod:`ws_celery.exceptions`).
     :return: whether it was missing.
-    :raises OutboxTableError: if there is a table of its name with other columns.
+    :raises TableError: if there is a table of its name with other columns.
     """
     created: bool = _outbox(source).create_table()
     return created
@@ -151,24 +151,24 @@ def outbox_rows(
 def find_outbox_rows(source: Any, name: str) -> list[OutboxRow]:
     """Return the row of an id, or the rows of a task's id: a caller may use one twice.
 
-    :raises NoSuchRow: if there is none.
+    :raises NotFound: if there is none.
     """
     with _connection(source) as (outbox, connection):
         if rows := outbox.rows.find(connection, name):
             return [_row(outbox, row) for row in rows]
-    raise NoSuchRow(name)
+    raise NotFound("row", name)
 
 
 def outbox_row_ids(source: Any, names: Iterable[str]) -> list[UUID]:
     """Return the ids of rows that are named by their id or by the id of their task.
 
-    :raises NoSuchRow: if there is none, or several tasks have the id.
+    :raises NotFound: if there is none, or several tasks have the id.
     """
     ids = []
     for name in names:
         found = [row.id for row in find_outbox_rows(source, name)]
         if len(found) > 1:
-            raise NoSuchRow(name, found)
+            raise NotFound("row", name, found)
         ids += found
     return ids
 
@@ -219,7 +219,7 @@ def discard_outbox_rows(source: Any, ids: Iterable[UUID]) -> int:
 def _outbox(source: Any) -> Any:
     outbox = get_celery_app(source).outbox
     if outbox is None:
-        raise OutboxNotOn
+        raise NotIncluded("outbox")
     return outbox
 
 

@@ -13,7 +13,7 @@ from kombu.utils.json import loads
 
 from ws_celery.app import get_celery_app
 from ws_celery.control import headers_in, purge
-from ws_celery.exceptions import BrokenRow, CannotPeek, NoSuchQueue
+from ws_celery.exceptions import BrokenRow, NotFound, NotSupported
 from ws_celery.inspection.brokers import Broker, Depth, connected
 from ws_celery.inspection.tasks import queue_of
 from ws_celery.shown_arguments import shown_arguments
@@ -255,7 +255,7 @@ def queue_states(source: Any) -> list[QueueState]:
 def queue_state(source: Any, name: str) -> QueueState:
     """Return what is in one queue.
 
-    :raises NoSuchQueue: if there is none of this name.
+    :raises NotFound: if there is none of this name.
     """
     app = get_celery_app(source)
     with connected(app) as broker:
@@ -266,15 +266,15 @@ def peek_queue(source: Any, name: str, limit: int = 10) -> Peeked:
     """Look at the messages of a queue that are taken next, and leave them there.
 
     :param limit: how many at most.
-    :raises NoSuchQueue: if there is none of this name.
-    :raises CannotPeek: if the broker cannot show them, and there is no outbox that can.
+    :raises NotFound: if there is none of this name.
+    :raises NotSupported: if the broker cannot show them, and there is no outbox that can.
     """
     app = get_celery_app(source)
     with connected(app) as broker:
         _state(app, broker, name)
         try:
             found = broker.peek(name, limit)
-        except CannotPeek:
+        except NotSupported:
             if app.outbox is None:
                 raise
             return Peeked(waiting_dispatches(app, name, limit), "outbox")
@@ -287,8 +287,8 @@ def purge_queue(source: Any, name: str, progress: Progress | None = None) -> Pur
     With the outbox, the rows of these messages go as well; what waits there for its eta stays.
 
     :param progress: is told how many messages each step has taken.
-    :raises NoSuchQueue: if there is none of this name.
-    :raises OutboxUnavailable: if the rows cannot be deleted.
+    :raises NotFound: if there is none of this name.
+    :raises Unavailable: if the rows cannot be deleted.
     """
     app = get_celery_app(source)
     with connected(app) as broker:
@@ -327,7 +327,7 @@ def _state(app: Any, broker: Broker, name: str) -> QueueState:
         return state
     if state.exists if broker.keeps_queues else name in _bound(app, broker, used):
         return state
-    raise NoSuchQueue(name)
+    raise NotFound("queue", name)
 
 
 def _states(app: Any, broker: Broker, used: set[str], names: list[str]) -> list[QueueState]:

@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError
 
 from ws_celery.app import get_celery_app
 from ws_celery.events import SKIPPED
-from ws_celery.exceptions import NoSuchResult, ResultsNotListed, ResultsUnavailable
+from ws_celery.exceptions import NotFound, NotSupported, Unavailable
 from ws_celery.inspection.queues import time_of
 from ws_celery.masking import masked, masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
@@ -45,7 +45,7 @@ def answering(*, except_for: tuple[type[BaseException], ...] = ()) -> Iterator[N
     """Tell in one sentence that the result backend does not answer.
 
     :param except_for: errors that are somebody else's.
-    :raises ResultsUnavailable: in place of what the backend has raised.
+    :raises Unavailable: in place of what the backend has raised.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def answering(*, except_for: tuple[type[BaseException], ...] = ()) -> Iterator[N
 def backend_of(app: Any) -> Any:
     """Return the result backend of an application; that of a database makes its tables.
 
-    :raises ResultsUnavailable: at once, if that database does not answer.
+    :raises Unavailable: at once, if that database does not answer.
     """
     with answering():
         _connect_once(app)
@@ -101,9 +101,9 @@ def in_zone(time: datetime, zone: tzinfo) -> datetime:
     return aware.astimezone(zone).replace(tzinfo=None)
 
 
-def _unavailable(error: BaseException) -> ResultsUnavailable:
+def _unavailable(error: BaseException) -> Unavailable:
     said = getattr(error, "orig", None) or error
-    return ResultsUnavailable(masked_text(str(said).strip()))
+    return Unavailable("results", masked_text(str(said).strip()))
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -158,16 +158,16 @@ def stored_results(
     :param between: only what was stored at the first time or later, and before the second one; a
         time without zone is UTC.
     :param limit: how many at most.
-    :raises ResultsNotListed: if they are not in a database, or have no names of tasks to look for.
-    :raises ResultsUnavailable: if the database does not answer.
+    :raises NotSupported: if they are not in a database, or have no names of tasks to look for.
+    :raises Unavailable: if the database does not answer.
     """
     app = get_celery_app(source)
     backend = backend_of(app)
     columns = getattr(backend, "task_cls", None)
     if columns is None or not hasattr(backend, "ResultSession"):
-        raise ResultsNotListed(_kind(backend))
+        raise NotSupported("list results", _kind(backend))
     if task is not None and not hasattr(columns, "name"):
-        raise ResultsNotListed("without result_extended")
+        raise NotSupported("list results", "without result_extended")
     since, until = between
     with _database(backend) as session:
         zone = zone_of(app, session)
@@ -187,8 +187,8 @@ def stored_results(
 def result_of(source: Any, task_id: str) -> Result:
     """Return what is known of a run by the id of its task, from any result backend.
 
-    :raises NoSuchResult: if nothing is.
-    :raises ResultsUnavailable: if the backend does not answer.
+    :raises NotFound: if nothing is.
+    :raises Unavailable: if the backend does not answer.
     """
     app = get_celery_app(source)
     backend = backend_of(app)
@@ -203,7 +203,7 @@ def result_of(source: Any, task_id: str) -> Result:
 def forget_results(source: Any, *ids: str) -> None:
     """Delete results.
 
-    :raises NoSuchResult: for the first one that is not there; those before it are deleted.
+    :raises NotFound: for the first one that is not there; those before it are deleted.
     """
     backend = backend_of(get_celery_app(source))
     for task_id in ids:
@@ -224,11 +224,11 @@ def _database(backend: Any) -> Iterator[Any]:
 
 def _found(backend: Any, task_id: str) -> dict[str, Any]:
     if isinstance(backend, DisabledBackend):
-        raise NoSuchResult(task_id)
+        raise NotFound("result", task_id)
     with answering():
         found: dict[str, Any] = backend.get_task_meta(task_id, cache=False)
     if found["status"] == states.PENDING:
-        raise NoSuchResult(task_id)
+        raise NotFound("result", task_id)
     return {"task_id": task_id, **found}
 
 

@@ -16,7 +16,7 @@ from ws_celery.app import get_celery_app
 from ws_celery.beat.entries import FIELDS, Entry, Known
 from ws_celery.beat.sources import entries_of, entry_of, fields_by_source
 from ws_celery.beat.ticks import ticks_between
-from ws_celery.exceptions import NoSuchEntry, ScheduleNotOn
+from ws_celery.exceptions import NotFound, NotIncluded
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_value
 
@@ -106,12 +106,12 @@ def create_schedule(source: Any) -> bool:
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
         functions.
     :return: whether it was missing.
-    :raises ScheduleNotOn: if the application keeps no schedule in its database.
-    :raises ScheduleTableError: if there is a table of its name with other columns.
+    :raises NotIncluded: if the application keeps no schedule in its database.
+    :raises TableError: if there is a table of its name with other columns.
     """
     app = get_celery_app(source)
     if app.schedule is None:
-        raise ScheduleNotOn
+        raise NotIncluded("schedule")
     created: bool = app.schedule.create_table()
     return created
 
@@ -126,12 +126,12 @@ def schedule_entries(source: Any) -> list[ScheduleEntry]:
 def schedule_entry(source: Any, name: str) -> ScheduleEntry:
     """Return one entry.
 
-    :raises NoSuchEntry: if there is none of this name.
+    :raises NotFound: if there is none of this name.
     """
     app, known, now = look(source)
     entry = entry_of(app, name, known.get(name))
     if entry is None:
-        raise NoSuchEntry(name)
+        raise NotFound("entry", name)
     return _shown(app, entry, _known(known, name), now, fields_by_source(app))
 
 
@@ -145,14 +145,14 @@ def coming_ticks(
     :param within: how far to look ahead.
     :param names: of entries; of all that are on if there are none.
     :param limit: how many at most.
-    :raises NoSuchEntry: if there is no entry of a name.
+    :raises NotFound: if there is no entry of a name.
     """
     app, known, now = look(source)
     entries = entries_of(app, known)
     wanted = list(names) or list(entries)
     for name in wanted:
         if name not in entries:
-            raise NoSuchEntry(name)
+            raise NotFound("entry", name)
     ticks = (_coming(entries[name], _known(known, name), now, now + within) for name in wanted)
     return list(islice(heapq.merge(*ticks, key=lambda tick: (tick.time, tick.name)), limit))
 

@@ -18,7 +18,7 @@ from ws_celery.beat.entries import FIELDS, TIMING, Entry, Known, problem_of_name
 from ws_celery.beat.sources import check_fields, entries_of, entry_of
 from ws_celery.beat.ticks import next_tick
 from ws_celery.converters import Refused, nearest
-from ws_celery.exceptions import EntryRefused, NoSuchEntry, ScheduleNotOn
+from ws_celery.exceptions import EntryRefused, NotFound, NotIncluded
 
 __all__ = (
     "Editing",
@@ -44,8 +44,8 @@ def add_schedule_entry(source: Any, name: str, fields: Mapping[str, Any]) -> Non
     """Add an entry to the schedule.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
-        functions; each of them raises ``ScheduleNotOn``, ``ScheduleTableError`` and
-        ``ScheduleUnavailable`` (see :mod:`ws_celery.exceptions`).
+        functions; each of them raises ``NotIncluded``, ``TableError`` and
+        ``Unavailable`` (see :mod:`ws_celery.exceptions`).
     :param name: a new one.
     :param fields: those of ``[celerybeat:NAME]``, as texts or as JSON has them.
     :raises EntryRefused: if there is one of this name, or beat would set it aside.
@@ -68,7 +68,7 @@ def edit_schedule_entry(
 
     :param fields: the new values; see :func:`add_schedule_entry`.
     :param reset: names of fields that are to be again what code or INI say, or nothing.
-    :raises NoSuchEntry: if there is none of this name.
+    :raises NotFound: if there is none of this name.
     :raises EntryRefused: if beat would set it aside.
     """
     with editing(source) as edit:
@@ -151,11 +151,11 @@ class Editing:
     def find(self, name: str) -> Entry:
         """Return an entry.
 
-        :raises NoSuchEntry: if there is none of this name.
+        :raises NotFound: if there is none of this name.
         """
         entry = self.entry(name)
         if entry is None:
-            raise NoSuchEntry(name)
+            raise NotFound("entry", name)
         return entry
 
     def origin(self, name: str, entry: Entry | None) -> str:
@@ -215,11 +215,11 @@ class Editing:
 def editing(source: Any) -> Iterator[Editing]:
     """Open a transaction in which entries are edited, and commit it at the end.
 
-    :raises ScheduleNotOn: if the application keeps no schedule in its database.
+    :raises NotIncluded: if the application keeps no schedule in its database.
     """
     app = get_celery_app(source)
     if app.schedule is None:
-        raise ScheduleNotOn
+        raise NotIncluded("schedule")
     with app.schedule.begin() as connection:
         yield Editing(app, connection)
 
@@ -307,7 +307,7 @@ def export_schedule(source: Any, *, everything: bool = False) -> dict[str, dict[
     :param source: a registry, or what has one: a request, a Celery app.
     :param everything: the whole schedule, with what stands in code and INI, but for entries whose
         schedule no text can say. By default only what the database says.
-    :raises ScheduleNotOn: if only that is wanted, and the application keeps no schedule there.
+    :raises NotIncluded: if only that is wanted, and the application keeps no schedule there.
     """
     said, entries = _said(source, everything=everything)
     return {name: fields for name, fields in said.items() if _is_exported(entries[name], fields)}
@@ -325,7 +325,7 @@ def _said(
     """Return what is said of entries, and all entries."""
     app = get_celery_app(source)
     if app.schedule is None and not everything:
-        raise ScheduleNotOn
+        raise NotIncluded("schedule")
     known = app.schedule.load() if app.schedule else {}
     entries = entries_of(app, known)
     if everything:

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ws_celery.app import get_celery_app
-from ws_celery.exceptions import NoWorker
+from ws_celery.exceptions import Unavailable
 from ws_celery.inspection.brokers import connected
 from ws_celery.inspection.queues import time_of
 from ws_celery.shown_arguments import shown_arguments
@@ -88,7 +88,7 @@ def worker_states(source: Any, timeout: float = 1.0) -> list[WorkerState]:
 
     :param source: a registry, or what has one: a request, a Celery app.
     :param timeout: seconds to wait for answers; all of it is always waited.
-    :raises NoWorker: if none answers, as all functions here do that ask workers.
+    :raises Unavailable: if none answers, as all functions here do that ask workers.
     :raises BrokerUnavailable: if the broker does not answer.
     """
     statistics = _asked(source, timeout, "stats")
@@ -144,8 +144,8 @@ def revoke_tasks(
     :param terminate: kill the process that runs one of them; whatever else it runs is lost.
     :param signal: the name of the signal that does.
     :param timeout: seconds to wait for answers of workers.
-    :raises NoWorker: if none answers, and not all of the tasks had rows in the outbox.
-    :raises OutboxUnavailable: before workers are told, if the database does not answer.
+    :raises Unavailable: if none answers, and not all of the tasks had rows in the outbox.
+    :raises Unavailable: before workers are told, if the database does not answer.
     :raises BrokerUnavailable: if the broker does not answer.
     """
     app, ids = get_celery_app(source), list(ids)
@@ -161,7 +161,7 @@ def revoke_tasks(
             timeout=timeout,
         )
     if not answers and settled < len(set(ids)):
-        raise NoWorker(timeout)
+        raise Unavailable("workers", f"{timeout:g} seconds")
 
 
 def _settled(app: Any, ids: Iterable[str]) -> int:
@@ -179,7 +179,7 @@ def _asked(source: Any, timeout: float, question: str) -> dict[str, Any]:
         inspect = app.control.inspect(timeout=timeout, connection=broker.connection)
         answers: dict[str, Any] | None = getattr(inspect, question)()
     if not answers:
-        raise NoWorker(timeout)
+        raise Unavailable("workers", f"{timeout:g} seconds")
     return answers
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Task, states
 
-from ws_celery.events import SKIPPED, LockLost, TaskSkipped, tell
-from ws_celery.exceptions import Duplicate, LockHeld, Skipped
+from ws_celery.events import SKIPPED, LockLost, TaskSkipped, notify
+from ws_celery.exceptions import Abandoned, LockGone, Skipped
 from ws_celery.locks.holding import Held, Holder, Store, store_of
 from ws_celery.locks.rule import rule_of
 from ws_celery.masking import logger_of
@@ -164,8 +164,8 @@ class Locks:
         :param args: the positional arguments of the message.
         :param kwargs: its keyword arguments.
         :raises Skipped: if another task holds it.
-        :raises Duplicate: if another run of the same task holds it: the message has come twice.
-        :raises LockHeld: if another task holds it, and this run is an item of a ``map()``.
+        :raises Abandoned: if another run of the same task holds it: the message has come twice.
+        :raises LockGone: if another task holds it, and this run is an item of a ``map()``.
         :raises LocksUnavailable: if nobody can tell.
         """
         context = task.request
@@ -195,19 +195,19 @@ class Locks:
     def _unable(self, task: Task, held: Held, holder: Holder) -> Exception:
         context = task.request
         if context.id is None:
-            return LockHeld(held.task, held.key, holder)
+            return LockGone(held.task, None, held.key, str(holder))
         if holder.id == context.id:
             context.ws_celery_settled = True  # its row is that of the other run
-            return Duplicate(f"{task.name}[{context.id}] runs elsewhere: {holder}")
+            return Abandoned(f"{task.name}[{context.id}] runs elsewhere: {holder}")
         skipped = Skipped(held.task, context.id, held.key, holder)
         log.info("%s", skipped)
         _keep_result(task, skipped)
-        tell(TaskSkipped(self._app, task, context.id, held.key, holder))
+        notify(TaskSkipped(self._app, task, context.id, held.key, holder))
         return skipped
 
     def _tell_loss(self, task: Task, held: Held, reason: str) -> None:
         log.error("%s[%s] has lost the lock %r: %s", held.task, held.id, held.key, reason)
-        tell(LockLost(self._app, task, held.id, held.key, held.token, reason))
+        notify(LockLost(self._app, task, held.id, held.key, held.token, reason))
 
 
 def _take(held: Held, wait: float) -> Holder | None:
@@ -240,7 +240,7 @@ def _keep_result(task: Task, skipped: Skipped) -> None:
             backend.store_result(context.id, skipped.as_dict(), SKIPPED, request=context)
     if context.chord:
         # Its body would wait for ever.
-        error = LockHeld(str(task.name), skipped.key, skipped.holder)
+        error = LockGone(str(task.name), context.id, skipped.key, str(skipped.holder))
         task.backend.on_chord_part_return(context, states.FAILURE, error)
 
 

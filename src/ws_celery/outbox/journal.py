@@ -14,7 +14,7 @@ from kombu.utils import json
 from zope.sqlalchemy import mark_changed
 
 from ws_celery.compat import resources_of
-from ws_celery.exceptions import BrokenRow, OutboxDetached
+from ws_celery.exceptions import BrokenRow, SessionError
 from ws_celery.outbox.tables import LONGEST_NAME, aware
 from ws_celery.recording import ROW_HEADER, Publication, bare_key
 
@@ -198,8 +198,8 @@ class Journal:
 
         :param request: the request whose session they are written with.
         :raises ValueError: if ``eta`` or ``expires`` is no time, or a name does not fit the table.
-        :raises OutboxUnreachable: if it has no session.
-        :raises OutboxDetached: if its session does not commit with the transaction.
+        :raises SessionError: if it has no session.
+        :raises SessionError: if its session does not commit with the transaction.
         """
         kept = [publication for publication in publications if self._outbox.keeps(publication)]
         if not kept:
@@ -241,7 +241,9 @@ class Journal:
         session = self._outbox.session_of(request, task)
         manager = getattr(request, "tm", None)
         if manager is not None and self._outbox.app.transactions.begun(manager) is not self._txn:
-            raise OutboxDetached(task, "the transaction of its request is not the one that is open")
+            raise SessionError.detached(
+                task, "the transaction of its request is not the one that is open"
+            )
         join(session, self._txn, task)
         return session
 
@@ -288,14 +290,16 @@ def join(session: Any, txn: Any, what: str) -> None:
     """Let a session belong to a transaction, and be committed by it; it begins nothing yet.
 
     :param what: what it is for, in messages.
-    :raises OutboxDetached: if it belongs to another one, or this one commits already.
+    :raises SessionError: if it belongs to another one, or this one commits already.
     """
     try:
         mark_changed(session, _ManagerOf(txn))
     except ValueError as error:
-        raise OutboxDetached(what, "the transaction commits already") from error
+        raise SessionError.detached(what, "the transaction commits already") from error
     if not any(getattr(resource, "session", None) is session for resource in resources_of(txn)):
-        raise OutboxDetached(what, "the session of its request belongs to another transaction")
+        raise SessionError.detached(
+            what, "the session of its request belongs to another transaction"
+        )
 
 
 class _ManagerOf:

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 from celery.canvas import signature
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from ws_celery.exceptions import CutOff, Duplicate, ForeignMessage, OutboxDetached, WsCeleryError
+from ws_celery.exceptions import Abandoned, SessionError, WsCeleryError
 from ws_celery.masking import logger_of
 from ws_celery.outbox.journal import connection_of, join
 from ws_celery.recording import ROW_HEADER, Publication, holding
@@ -86,20 +86,20 @@ class Run:
             return True  # the error of no statement: the database is not there
         return isinstance(error, DBAPIError) and error.connection_invalidated
 
-    def leave(self) -> CutOff:
+    def leave(self) -> Abandoned:
         """Return the error that ends the run, and leaves the row to be sent after its lease."""
         self._task.request.ws_celery_settled = True
         log.warning("%s has lost its database; it is sent again after its lease", self.name)
-        return CutOff(f"{self.name} has lost its database")
+        return Abandoned(f"{self.name} has lost its database", "cut off")
 
-    def without_row(self, reason: str) -> Duplicate | ForeignMessage:
+    def without_row(self, reason: str) -> Abandoned:
         """Return the error that ends a run whose row is not there: its effect is another one's."""
         context = self._task.request
         context.ws_celery_settled = True  # whoever has the row settles it
         if (owner := self._outbox.owner_of(context)) is None:
-            return Duplicate(f"{self.name} {reason}")
+            return Abandoned(f"{self.name} {reason}")
         queue = (context.delivery_info or {}).get("routing_key")
-        error = ForeignMessage(self.name, str(queue), owner, str(self._outbox.place))
+        error = Abandoned.foreign(self.name, str(queue), owner, str(self._outbox.place))
         log.error("%s", error)
         return error
 
@@ -145,8 +145,8 @@ class Claim(Run):
 
         :param request: the request of the run.
         :param txn: the transaction of the run.
-        :raises Duplicate: if it is not, or another run has it.
-        :raises ForeignMessage: if it is not, and the message is another outbox's.
+        :raises Abandoned: if it is not, or another run has it.
+        :raises Abandoned: ("foreign") if it is not, and the message is another outbox's.
         """
         self._request, self._txn, self._rest = request, None, None
         if not self._late:
@@ -160,7 +160,7 @@ class Claim(Run):
     def end(self, txn: Any) -> None:
         """Claim the row if the transaction that commits next does not have it yet.
 
-        :raises Duplicate: if another run has committed meanwhile.
+        :raises Abandoned: if another run has committed meanwhile.
         """
         if self._txn is not txn:
             self._take(txn, _ELSEWHERE)
@@ -170,13 +170,13 @@ class Claim(Run):
     def before_completion(self, txn: Any) -> None:
         """Let the session belong to a transaction of the function: it could not join its commit."""
         if not self.has_committed:
-            with suppress(OutboxDetached):
+            with suppress(SessionError):
                 join(self._session, txn, self._task.name)
 
     def commit(self, txn: Any) -> None:
         """Claim the row with a commit of the function, and write the row of what comes after it.
 
-        :raises Duplicate: if another run has committed meanwhile.
+        :raises Abandoned: if another run has committed meanwhile.
         """
         if self.has_committed:
             return
@@ -239,8 +239,8 @@ class Unclaimed(Run):
     def begin(self) -> None:
         """Look whether the row is there; if nobody can tell, the task is run.
 
-        :raises Duplicate: if it is not.
-        :raises ForeignMessage: if it is not, and the message is another outbox's.
+        :raises Abandoned: if it is not.
+        :raises Abandoned: ("foreign") if it is not, and the message is another outbox's.
         """
         rows = self._outbox.rows
         try:
@@ -262,9 +262,9 @@ class Unclaimed(Run):
         Otherwise the row stays until the result is stored, which may count for a chord.
 
         :param result: what the function has returned.
-        :raises Duplicate: if the row is gone: another run has ended, or somebody has given it up.
-        :raises ForeignMessage: if it was in another outbox all the time.
-        :raises CutOff: if the database is not there; the task is run again.
+        :raises Abandoned: if the row is gone: another run has ended, or somebody has given it up.
+        :raises Abandoned: ("foreign") if it was in another outbox all the time.
+        :raises Abandoned: ("cut off") if the database is not there; the task is run again.
         """
         context = self._task.request
         if context.callbacks or context.chain:
@@ -275,8 +275,8 @@ class Unclaimed(Run):
     def hand_over(self, publications: Sequence[Publication]) -> None:
         """Let the rows of these messages take the place of the run's, and send them.
 
-        :raises Duplicate: as :meth:`end` does.
-        :raises CutOff: likewise.
+        :raises Abandoned: as :meth:`end` does.
+        :raises Abandoned: ("cut off") likewise.
         """
         if not self._replace_row(publications):
             raise self.without_row("has run elsewhere, or was given up")

@@ -14,14 +14,10 @@ from sqlalchemy.orm import scoped_session
 
 from ws_celery.exceptions import (
     ConfigurationError,
-    OutboxReadOnly,
-    OutboxTableError,
-    OutboxUnavailable,
-    OutboxUnreachable,
-    ReadOnly,
+    Part,
+    SessionError,
     TableError,
     Unavailable,
-    Unreachable,
     WsCeleryError,
 )
 from ws_celery.masking import logger_of, masked_text
@@ -66,14 +62,10 @@ class Database:
     :param table: the table.
     """
 
-    #: What it is for, in messages.
-    name = "the outbox"
+    #: What it is for.
+    part: Part = "outbox"
     #: What may go wrong with the database.
     errors = (SQLAlchemyError, WsCeleryError)
-    table_error: type[TableError] = OutboxTableError
-    read_only: type[ReadOnly] = OutboxReadOnly
-    unavailable: type[Unavailable] = OutboxUnavailable
-    unreachable: type[Unreachable] = OutboxUnreachable
 
     def __init__(self, app: Any, table: Table) -> None:
         self.app = app
@@ -87,7 +79,7 @@ class Database:
         error instead of nothing.
         """
         with task_request(self.app.registry, self.app.propagation, {}) as request:
-            bind = self.session_of(request, self.name).get_bind(clause=self.table)
+            bind = self.session_of(request, f"the {self.part}").get_bind(clause=self.table)
         engine: Engine = getattr(bind, "engine", bind)
         if engine.dialect.name == "sqlite":
             return engine
@@ -97,8 +89,7 @@ class Database:
     def begin(self) -> Iterator[Connection]:
         """Open a transaction of our own, and commit it at the end.
 
-        :raises TableError: if the table is not there, or another one.
-        :raises ReadOnly: if the database takes no changes.
+        :raises TableError: if the table is not there, or another one, or cannot be written.
         :raises Unavailable: if it cannot be connected to.
         """
         with self.explaining(), self._connect() as connection, connection.begin():
@@ -108,7 +99,7 @@ class Database:
         try:
             return self.engine.connect()
         except OperationalError as error:
-            raise self.unavailable(masked_text(str(error.orig))) from error
+            raise Unavailable(self.part, masked_text(str(error.orig))) from error
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -117,7 +108,7 @@ class Database:
             yield
         except DBAPIError as error:
             if (reason := read_only_reason(error)) is not None:
-                raise self.read_only(self.table.fullname, reason) from error
+                raise TableError(self.part, self.table.fullname, reason, "read-only") from error
             if may_be_the_table(error):
                 self._blame_table(error)
             raise
@@ -135,7 +126,7 @@ class Database:
         :raises TableError: if it is not there, or another one.
         """
         with self._connect() as connection:
-            check_table(connection, self.table, self.table_error)
+            check_table(connection, self.table, self.part)
 
     def create_table(self) -> bool:
         """Create the table if it is missing; return whether it was.
@@ -143,16 +134,16 @@ class Database:
         :raises TableError: if there is another one of its name.
         """
         with self.begin() as connection:
-            return create_table(connection, self.table, self.table_error)
+            return create_table(connection, self.table, self.part)
 
     def session_of(self, request: Any, task: str) -> Any:
         """Return the session of a request.
 
-        :raises Unreachable: if it has none.
+        :raises SessionError: if it has none.
         """
         session = getattr(request, self.app.session_attribute, None)
         if session is None:
-            raise self.unreachable(task, self.app.session_attribute)
+            raise SessionError.missing(self.part, task, self.app.session_attribute)
         return session() if isinstance(session, scoped_session) else session
 
 

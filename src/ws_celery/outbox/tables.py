@@ -28,11 +28,12 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from ws_celery.compat import type_affinity
+from ws_celery.exceptions import TableError
 
 if TYPE_CHECKING:
     from sqlalchemy.exc import DBAPIError
 
-    from ws_celery.exceptions import TableError
+    from ws_celery.exceptions import Part
 
 __all__ = (
     "LONGEST_NAME",
@@ -173,33 +174,33 @@ def _place_in_postgresql(connection: Connection, name: str) -> str | None:
     return place
 
 
-def create_table(connection: Connection, table: Table, error: type[TableError]) -> bool:
+def create_table(connection: Connection, table: Table, part: Part) -> bool:
     """Create the table if it is missing.
 
-    :param error: the class of what is raised.
+    :param part: what it is the table of.
     :return: ``False`` if it was there.
     :raises TableError: if there is another one of its name.
     """
     if not inspect(connection).has_table(table.name, schema=table.schema):
         table.create(connection)
         return True
-    check_table(connection, table, error)
+    check_table(connection, table, part)
     return False
 
 
-def check_table(connection: Connection, table: Table, error: type[TableError]) -> None:
+def check_table(connection: Connection, table: Table, part: Part) -> None:
     """Compare the table of the database with its definition.
 
-    :param error: the class of what is raised.
+    :param part: what it is the table of.
     :raises TableError: if it is missing, or has other columns.
     """
     inspector = inspect(connection)
     if not inspector.has_table(table.name, schema=table.schema):
-        raise error(table.fullname, "it does not exist", missing=True)
+        raise TableError(part, table.fullname, "it does not exist", "missing")
     columns = inspector.get_columns(table.name, schema=table.schema)
     found = {column["name"]: column for column in columns}
     if problems := list(_differences(table, found)):
-        raise error(table.fullname, "; ".join(problems))
+        raise TableError(part, table.fullname, "; ".join(problems))
 
 
 def _differences(table: Table, found: Mapping[str, Any]) -> Iterator[str]:

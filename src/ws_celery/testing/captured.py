@@ -1,4 +1,4 @@
-"""One captured message, decoded, and the words in which it is shown."""
+"""One captured message: run, decoded, and in the words in which it is shown."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import transaction
 from celery.app.task import Context
 from kombu.serialization import loads
 from pyramid.interfaces import IRequestFactory
-from pyramid.registry import Registry
 from pyramid.request import Request
 
 from ws_celery.converters import nearest
 from ws_celery.eager import perform, received
 
 if TYPE_CHECKING:
+    from celery import Task
+    from pyramid.registry import Registry
+
     from ws_celery.app import PyramidCelery
     from ws_celery.recording import Publication
 
 __all__ = (
     "CapturedTask",
-    "attribute",
     "check_options",
     "described",
     "read",
@@ -70,28 +71,14 @@ def _request_environ(registry: Registry, environ: dict[str, Any]) -> Iterator[No
 class _Factory:
     """The application's request factory, with more in the environ."""
 
-    def __init__(self, factory: Any, environ: dict[str, Any]) -> None:
+    def __init__(self, factory: type[Request], environ: dict[str, Any]) -> None:
         self._factory = factory
         self._environ = {key: value for key, value in environ.items() if key != "tm.active"}
 
-    def blank(self, path: str, **options: Any) -> Any:
+    def blank(self, path: str, **options: Any) -> Request:
         manager = transaction.TransactionManager(explicit=True)
         environ = {**self._environ, "tm.manager": manager}
         return self._factory.blank(path, environ=environ, **options)
-
-
-@contextmanager
-def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of the instance for a while, over what its class has."""
-    before = dict(vars(target))
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        if name in before:
-            setattr(target, name, before[name])
-        else:
-            delattr(target, name)
 
 
 #: The options that are read of a message, in the order in which they are shown.
@@ -135,7 +122,7 @@ class CapturedTask:
         shown = {name: value for name, value in self.options.items() if name not in hidden}
         return described(self.name, self.args, self.kwargs, shown)
 
-    def agrees(self, option: str, expected: Any) -> bool:
+    def agrees(self, option: str, expected: object) -> bool:
         """Tell whether an option is as expected; of a mapping, the expected keys are compared."""
         actual = self.options.get(option)
         if option == "expires" and isinstance(expected, Real):
@@ -147,9 +134,9 @@ class CapturedTask:
         return bool(actual == expected)
 
 
-def task_name(task: Any) -> str:
+def task_name(task: Task | str) -> str:
     """Return the name of a task, which may be given by name."""
-    return task if isinstance(task, str) else task.name
+    return task if isinstance(task, str) else str(task.name)
 
 
 def check_options(options: Iterable[str]) -> None:
