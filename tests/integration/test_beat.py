@@ -363,10 +363,11 @@ def test_a_beat_that_stood_still_was_not_ready_for_what_was_due_meanwhile(
     wait_for(lambda: scheduler._ready["e"] > ready)
 
 
-def test_a_wanted_run_waits_until_the_last_one_is_finished(make, beat_of, caplog):
+@pytest.mark.parametrize("schedule", [NEVER, EVERY_SECOND], ids=["never", "every second"])
+def test_a_wanted_run_waits_until_the_last_one_is_finished(make, beat_of, caplog, schedule):
     caplog.set_level("DEBUG", "ws_celery.beat.claims")
     app = make()
-    app.schedule.save("e", **NEVER, overlap="skip")
+    app.schedule.save("e", **schedule, overlap="skip")
     beat_of(app)
     app.schedule.request_run("e")
     wait_for(lambda: ticks_of(app, "e"))
@@ -380,6 +381,40 @@ def test_a_wanted_run_waits_until_the_last_one_is_finished(make, beat_of, caplog
     wait_for(lambda: ticks_of(app, "e"))
     wait_for(lambda: app.schedule.load()["e"].run_requested_at is None)
     assert len(ticks_of(app, "e")) == 1
+
+
+def test_a_run_that_waits_is_not_written_each_time_it_is_asked_for(
+    make_schedule, sqlite, beat_of, caplog, monkeypatch
+):
+    caplog.set_level("DEBUG", "ws_celery.beat.claims")
+    app = make_schedule(sqlite, work, ws_celery__outbox="true").celery
+    app.schedule.save("e", **NEVER, overlap="skip")
+    beat_of(app)
+    app.schedule.request_run("e")
+    wait_for(lambda: app.schedule.load()["e"].task_id)
+    advance, written = app.schedule.advance, []
+    monkeypatch.setattr(
+        app.schedule, "advance", lambda *args: written.append(args[1]) or advance(*args)
+    )
+
+    app.schedule.request_run("e")
+
+    wait_for(lambda: caplog.text.count("e is not sent: its last run is not finished") >= 3)
+    assert not any(written)
+
+
+def test_a_tick_that_is_due_and_wanted_is_sent_as_that_tick(make, beat_of):
+    app = make()
+    app.schedule.save("e", task="work", type="timedelta", schedule="1h", catch_up="once")
+    set_last(app, "e", app.schedule.now() - timedelta(hours=5, minutes=30))
+    app.schedule.request_run("e")
+
+    beat_of(app)
+
+    wait_for(lambda: ticks_of(app, "e"))
+    known = app.schedule.load()["e"]
+    assert ticks_of(app, "e") == [known.last_run_at.isoformat()]
+    assert known.run_requested_at is None
 
 
 def test_an_entry_that_is_broken_by_hand_is_set_aside_and_others_tick_on(make, beat_of, caplog):

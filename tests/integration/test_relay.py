@@ -127,6 +127,14 @@ def test_what_is_due_is_sent_once_and_counted(app):
     assert [(row.deliveries, row.lease) for row in rows(app)] == [(1, 600)] * 2
 
 
+def test_a_lease_is_never_longer_than_an_hour(app):
+    dispatch_unsent(app, 1)
+    change(app, lease=3000)
+    app.relay.turn()
+
+    assert [(row.deliveries, row.lease) for row in rows(app)] == [(1, 3600)]
+
+
 def test_what_is_not_due_is_left_alone(app):
     dispatch(app, 1)
     app.sent()
@@ -300,6 +308,16 @@ def test_of_a_backlog_only_what_is_missing_is_sent_again(app):
     assert sum(row.deliveries for row in rows(app)) == 1
 
 
+def test_what_could_not_be_sent_is_sent_though_others_wait_in_its_queue(app, monkeypatch):
+    expected = dispatch(app, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(app.celery, "publish", app.celery.outbox.not_published)
+        expected += dispatch(app, 2)
+    app.relay.turn()
+
+    assert ids(app.sent()) == expected
+
+
 def test_what_waits_nowhere_any_more_is_sent_again(app):
     expected = dispatch(app, 1, 2)
     app.sent()
@@ -369,6 +387,30 @@ def test_a_broker_that_goes_in_the_middle_counts_no_delivery(make, start_broker,
     start_broker(broker)
     relay.turn()
     assert len(app.sent()) == 2
+
+
+def test_a_broker_that_goes_between_two_messages_counts_what_it_has_been_sent(
+    app, redis_url, monkeypatch
+):
+    """Of a batch that was refused each is sent alone; the second meets no broker any more."""
+    dispatch_unsent(app, 1, 2, 3)
+    flush, sent = app.celery.publisher.flush, []
+
+    def failing(publications):
+        if len(publications) > 1:
+            raise LookupError("not together")
+        if sent:
+            with redis.Redis.from_url(redis_url) as client:
+                client.delete(app.relay.canary.name)
+            raise ConnectionError
+        flush(publications)
+        sent.append(publications[0].row_id)
+
+    monkeypatch.setattr(app.celery.publisher, "flush", failing)
+    app.relay.turn()
+
+    assert {row.id for row in rows(app) if row.deliveries} == set(sent)
+    assert len(app.sent()) == 1
 
 
 @pytest.mark.parametrize("now", [True, False])
