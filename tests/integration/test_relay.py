@@ -66,6 +66,16 @@ def app(make):
     return app
 
 
+@pytest.fixture
+def app_alone(make, start_broker, tmp_path):
+    """An application with a broker of its own."""
+    broker = EmbeddedBroker(tmp_path / "broker")
+    start_broker(broker)
+    app = make(broker=broker.url(0))
+    app.relay = app.celery.outbox.relay
+    return app
+
+
 def dispatch(app, *numbers, **options):
     """Dispatch tasks; return the ids."""
     with transaction.manager:
@@ -476,43 +486,36 @@ def test_a_broker_that_is_new_to_an_outbox_has_lost_nothing(make, redis_url, cap
     assert lines(caplog) == ["The broker is watched from now on; no task is unfinished"]
 
 
-def test_a_loss_is_seen_by_whoever_comes_back_to_an_empty_broker(make, start_broker, tmp_path):
-    broker = EmbeddedBroker(tmp_path / "broker")
-    start_broker(broker)
-    app = make(broker=broker.url(0))
-    relay = app.celery.outbox.relay
-    relay.turn()
-    expected = dispatch(app, 1) + dispatch_unsent(app, 2)
-    change(app, due_at=ago(1))
-    with Connection(broker.url(0)) as connection:
+def test_a_loss_is_seen_by_whoever_comes_back_to_an_empty_broker(app_alone):
+    app_alone.relay.turn()
+    expected = dispatch(app_alone, 1) + dispatch_unsent(app_alone, 2)
+    change(app_alone, due_at=ago(1))
+    with Connection(app_alone.celery.conf.broker_url) as connection:
         client = connection.default_channel.client
         client.flushall()
         client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "no")
-    relay.turn()
-    relay.turn()
+    app_alone.relay.turn()
+    app_alone.relay.turn()
 
-    assert set(ids(app.sent())) == set(expected)
+    assert set(ids(app_alone.sent())) == set(expected)
 
 
-def test_a_loss_is_seen_again_by_whoever_could_not_make_the_rows_due(make, start_broker, tmp_path):
+def test_a_loss_is_seen_again_by_whoever_could_not_make_the_rows_due(app_alone):
     """The canary comes last: were it laid first, nobody would know of the loss any more."""
-    broker = EmbeddedBroker(tmp_path / "broker")
-    start_broker(broker)
-    app = make(broker=broker.url(0))
-    relay = app.celery.outbox.relay
+    relay = app_alone.relay
     relay.watch = 0
     relay.turn()
-    expected = dispatch(app, 1)
-    with Connection(broker.url(0)) as connection:
+    expected = dispatch(app_alone, 1)
+    with Connection(app_alone.celery.conf.broker_url) as connection:
         empty_redis(connection, [])
     with pytest.MonkeyPatch.context() as patch:
         nowhere = create_engine("postgresql+psycopg://postgres@127.0.0.1:1/none")
-        patch.setattr(app.celery.outbox, "engine", nowhere)
+        patch.setattr(app_alone.celery.outbox, "engine", nowhere)
         relay.turn()
     relay.turn()
     relay.turn()
 
-    assert ids(app.sent()) == expected
+    assert ids(app_alone.sent()) == expected
 
 
 def test_a_loss_that_is_met_while_sending_is_left_to_be_seen(app, redis_url):
@@ -525,19 +528,15 @@ def test_a_loss_that_is_met_while_sending_is_left_to_be_seen(app, redis_url):
     assert not canary.lives()
 
 
-def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(
-    make, start_broker, tmp_path, caplog
-):
+def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(app_alone, caplog):
     """A Redis that was demoted answers what is read, and refuses what is written."""
-    broker = EmbeddedBroker(tmp_path / "broker")
-    start_broker(broker)
-    app = make(broker=broker.url(0))
-    relay = app.celery.outbox.relay
+    relay = app_alone.relay
     relay.watch = 0
     relay.turn()
-    expected = dispatch_unsent(app, 1)
+    expected = dispatch_unsent(app_alone, 1)
     lines(caplog)
-    with redis.Redis(unix_socket_path=str(broker.socket)) as client:
+    with Connection(app_alone.celery.conf.broker_url) as connection:
+        client = connection.default_channel.client
         client.replicaof("127.0.0.1", 1)
         for _ in range(3):
             relay.turn()
@@ -549,7 +548,7 @@ def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(
     assert "the broker has failed" in failed
     assert "read only replica" in failed
     assert "the broker is back" in back
-    assert ids(app.sent()) == expected
+    assert ids(app_alone.sent()) == expected
 
 
 def test_a_message_that_no_broker_takes_stops_no_other(make, rabbitmq_url, caplog):

@@ -147,7 +147,7 @@ def outcome(load, told):
 # The three scenarios in which what was here before lost more than a hook that just sends
 
 
-def test_a_broker_that_is_away_for_three_seconds_loses_at_most_what_was_on_its_way(
+def test_a_broker_that_is_away_for_a_while_loses_at_most_what_was_on_its_way(
     make, broker, start_broker, told
 ):
     app = make()
@@ -157,13 +157,12 @@ def test_a_broker_that_is_away_for_three_seconds_loses_at_most_what_was_on_its_w
         process.kill()
         process.wait()
         broker.socket.unlink()
-        time.sleep(3)  # it is away for so long
+        wait_for(lambda: len(told.ids(TasksSpooled)) > 400)  # some three seconds
         start_broker(broker)
         load.makes(50)
     emptied(app)
 
     assert len(outcome(load, told)) <= 8
-    assert len(told.ids(TasksSpooled)) > 100
 
 
 def test_a_broker_that_is_frozen_for_a_moment_loses_nothing(make, broker, start_broker, told):
@@ -172,7 +171,7 @@ def test_a_broker_that_is_frozen_for_a_moment_loses_nothing(make, broker, start_
     with Load(app, threads=1, pause=0.05) as load:
         load.makes(5)
         process.send_signal(signal.SIGSTOP)
-        time.sleep(1.2)  # it is frozen for so long
+        wait_for(lambda: told.ids(TasksSpooled))  # a flush has waited for it in vain
         process.send_signal(signal.SIGCONT)
         load.makes(100)  # the cool-down is in this time
     emptied(app)
