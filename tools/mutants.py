@@ -153,6 +153,7 @@ MUTANTS = (
     Mutant("spool.py", "self._waiting.extendleft(reversed(left))", "self._waiting.extendleft(left)", f"{SPOOL} demoted"),
     Mutant("spool.py", " - sum(map(_bytes_of, batch))", "", f"{SPOOL} large or demoted"),
     Mutant("spool.py", "if passes and attempt.refused and", "if attempt.refused and", f"{SPOOL} demoted"),
+    Mutant("spool.py", "        self._refused = attempt.refused\n", "", f"{SPOOL} never_takes"),
     Mutant("spool.py", "or self._bytes > LARGEST", "", f"{SPOOL} too_large"),
     # Tasks
     Mutant("transactional.py", "conflict = cut_off = False", "pass", f"{OWN} conflict"),

@@ -373,6 +373,20 @@ def test_what_rabbitmq_refuses_alone_is_sent_when_it_takes_it(make, rabbitmq_url
     app.celery.publisher.close()
 
 
+def test_a_message_that_rabbitmq_never_takes_stops_no_other(make, rabbitmq_url, told, has_tried):
+    app = make(broker=rabbitmq_url)
+    with transaction.manager:
+        refused = add.apply_async((app.request(), 0), exchange="ws_celery_none", routing_key="x")
+    has_tried(app)
+    ids = commit(app, 1, 2)
+    app.celery.publisher.spool.end(SOON)
+
+    assert told.ids(PublishFailed, ambiguous=False) == [refused.id]
+    assert told.ids(PublishFailed, ambiguous=True) == []
+    assert [message.id for message in app.sent()] == ids
+    app.celery.publisher.close()
+
+
 # Processes
 
 #: Dispatches without a broker, forks, and ends in an orderly way: parent and child.
