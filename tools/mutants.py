@@ -38,8 +38,18 @@ _PATIENCE = 240
 #: What is said of a mutant that makes them take longer.
 HANGS = "its tests do not end"
 
+#: What is said of a mutant that no test sees, though nobody has told a reason.
+SURVIVED = "SURVIVED"
+
+#: What is said of a mutant whose tests could not be run; it stops no other.
+NOT_RUN = "was not run"
+
 #: What pytest returns when a test has failed.
 _FAILED = 1
+
+
+class NotRun(Exception):
+    """Tests that could not be run: none was selected, all were skipped, or pytest has failed."""
 
 
 class Mutant(NamedTuple):
@@ -181,7 +191,10 @@ MUTANTS = (
 
 
 def killer_of(mutant: Mutant, source: Path) -> str:
-    """Return the test that fails with a mutant, or ``""``; ``source`` is the copy to change."""
+    """Return the test that fails with a mutant, or ``""``; ``source`` is the copy to change.
+
+    :raises NotRun: if nobody can tell.
+    """
     path = source / SOURCE / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
@@ -220,12 +233,27 @@ def pytest(
 
 
 def failure_of(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the test that has failed, or ``""`` if none has."""
-    ran = done.returncode == _FAILED or (not done.returncode and " passed" in done.stdout)
-    if not ran:  # nothing was selected, or all was skipped
-        sys.exit(f"pytest could not run the tests.\n{done.stdout}{done.stderr}")
+    """Return the test that has failed, or ``""`` if none has.
+
+    :raises NotRun: if none has passed either.
+    """
+    if done.returncode != _FAILED and (done.returncode or " passed" not in done.stdout):
+        raise NotRun(f"{done.stdout}{done.stderr}".strip())
     found = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return found[1] if found else ""
+
+
+def fate_of(mutant: Mutant, source: Path, killers: set[str]) -> str:
+    """Return what has become of a mutant; put who has killed it into ``killers``."""
+    try:
+        killer = killer_of(mutant, source)
+    except NotRun as error:
+        *_, last = ["", *str(error).splitlines()]
+        return f"{NOT_RUN}: {last}"
+    if killer:
+        killers.add(killer)
+        return killer
+    return f"expected: {mutant.reason}" if mutant.reason else SURVIVED
 
 
 def main() -> None:
@@ -233,22 +261,25 @@ def main() -> None:
     chosen = [
         each for each in MUTANTS if not sys.argv[1:] or any(a in each.file for a in sys.argv[1:])
     ]
-    killers, survivors = set(), []
+    fates: list[str] = []
+    killers: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(shutil.copytree(ROOT / "src", Path(folder) / "src"))
         for mutant in chosen:
-            if killer := killer_of(mutant, source):
-                killers.add(killer)
-            elif not mutant.reason:
-                survivors.append(mutant)
-            said = killer or (f"expected: {mutant.reason}" if mutant.reason else "SURVIVED")
-            print(f"{mutant.file}: {mutant.old!r:.60} -> {mutant.new!r:.40}: {said}", flush=True)
+            fates.append(fate_of(mutant, source, killers))
+            print(
+                f"{mutant.file}: {mutant.old!r:.60} -> {mutant.new!r:.40}: {fates[-1]}", flush=True
+            )
         # Who kills has to be well without a mutant.
         wanted = sorted(killers - {HANGS})
         if unwell := wanted and failure_of(pytest(source, *wanted, patience=None)):
             sys.exit(f"{unwell} fails without a mutant, too.")
-    print(f"{len(chosen)} mutants, {len(survivors)} have survived without a reason")
-    sys.exit(bool(survivors))
+    survivors = fates.count(SURVIVED)
+    not_run = sum(fate.startswith(NOT_RUN) for fate in fates)
+    print(
+        f"{len(chosen)} mutants, {survivors} have survived without a reason, {not_run} were not run"
+    )
+    sys.exit(bool(survivors or not_run))
 
 
 if __name__ == "__main__":
