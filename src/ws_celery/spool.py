@@ -65,6 +65,7 @@ class Spool:
         self._in_hand: Sequence[Publication] = ()
         self._bytes = 0
         self._size = _MOST
+        self._refused = False
         self._thread: threading.Thread | None = None
         self._in_a_hurry = False
         self._broker = Service("The spool", "broker")
@@ -135,8 +136,11 @@ class Spool:
 
     def _send(self, batch: Sequence[Publication]) -> float:
         """Send messages; return how many seconds to wait until the next ones."""
+        if self._refused and len(batch) > 1:
+            return self._send_each(batch)  # RabbitMQ would not tell which of them it refuses
         attempt = self._publisher.attempt(batch)
-        if attempt.refused and len(batch) > 1:
+        self._refused = attempt.refused
+        if self._refused and len(batch) > 1:
             return self._send_each(batch)
         self._publisher.conclude(batch, attempt, late=True)
         self._put_back(batch, batch[attempt.begun :])
@@ -159,6 +163,7 @@ class Spool:
             if attempt.error is not None and not attempt.refused:
                 break
         passes = any(attempt.sent for _, attempt in attempts)
+        self._refused = not passes
         errors = [attempt.error for _, attempt in attempts if attempt.error is not None]
         left: list[Publication] = []
         for publication, attempt in attempts:

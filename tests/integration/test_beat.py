@@ -363,10 +363,11 @@ def test_a_beat_that_stood_still_was_not_ready_for_what_was_due_meanwhile(
     wait_for(lambda: scheduler._ready["e"] > ready)
 
 
-def test_a_wanted_run_waits_until_the_last_one_is_finished(make, beat_of, caplog):
+@pytest.mark.parametrize("schedule", [NEVER, EVERY_SECOND], ids=["never", "every second"])
+def test_a_wanted_run_waits_until_the_last_one_is_finished(make, beat_of, caplog, schedule):
     caplog.set_level("DEBUG", "ws_celery.beat.claims")
     app = make()
-    app.schedule.save("e", **NEVER, overlap="skip")
+    app.schedule.save("e", **schedule, overlap="skip")
     beat_of(app)
     app.schedule.request_run("e")
     wait_for(lambda: ticks_of(app, "e"))
@@ -380,6 +381,40 @@ def test_a_wanted_run_waits_until_the_last_one_is_finished(make, beat_of, caplog
     wait_for(lambda: ticks_of(app, "e"))
     wait_for(lambda: app.schedule.load()["e"].run_requested_at is None)
     assert len(ticks_of(app, "e")) == 1
+
+
+def test_a_run_that_waits_is_not_written_each_time_it_is_asked_for(
+    make_schedule, sqlite, beat_of, caplog, monkeypatch
+):
+    caplog.set_level("DEBUG", "ws_celery.beat.claims")
+    app = make_schedule(sqlite, work, ws_celery__outbox="true").celery
+    app.schedule.save("e", **NEVER, overlap="skip")
+    beat_of(app)
+    app.schedule.request_run("e")
+    wait_for(lambda: app.schedule.load()["e"].task_id)
+    advance, written = app.schedule.advance, []
+    monkeypatch.setattr(
+        app.schedule, "advance", lambda *args: written.append(args[1]) or advance(*args)
+    )
+
+    app.schedule.request_run("e")
+
+    wait_for(lambda: caplog.text.count("e is not sent: its last run is not finished") >= 3)
+    assert not any(written)
+
+
+def test_a_tick_that_is_due_and_wanted_is_sent_as_that_tick(make, beat_of):
+    app = make()
+    app.schedule.save("e", task="work", type="timedelta", schedule="1h", catch_up="once")
+    set_last(app, "e", app.schedule.now() - timedelta(hours=5, minutes=30))
+    app.schedule.request_run("e")
+
+    beat_of(app)
+
+    wait_for(lambda: ticks_of(app, "e"))
+    known = app.schedule.load()["e"]
+    assert ticks_of(app, "e") == [known.last_run_at.isoformat()]
+    assert known.run_requested_at is None
 
 
 def test_an_entry_that_is_broken_by_hand_is_set_aside_and_others_tick_on(make, beat_of, caplog):
@@ -588,16 +623,21 @@ def demoted(start_broker, tmp_path):
 
 @pytest.mark.parametrize("broker", ["nowhere", "demoted"])
 def test_without_an_outbox_no_tick_is_claimed_while_the_broker_is_known_to_be_down(
-    make_schedule, postgres, beat_of, caplog, request, broker
+    make_schedule, postgres, beat_of, caplog, monkeypatch, request, broker
 ):
     url = NOWHERE if broker == "nowhere" else request.getfixturevalue(broker)
     app = make_schedule(postgres, work, broker=url).celery
     app.schedule.save("e", **EVERY_SECOND)
+    declare_all, looks = app.publisher.declare_all, []
+    monkeypatch.setattr(
+        app.publisher, "declare_all", lambda: looks.append(app.schedule.now()) or declare_all()
+    )
 
     beat_of(app)
     wait_for(lambda: "has failed, and is tried again" in caplog.text)
     claimed = app.schedule.load()["e"].last_run_at
-    time.sleep(2)  # two more ticks, which must not be claimed
+    # It looks whether the broker is back when two more ticks are due, and claims neither.
+    wait_for(lambda: any(look > claimed + timedelta(seconds=2) for look in looks))
 
     assert app.schedule.load()["e"].last_run_at == claimed
 

@@ -62,8 +62,18 @@ def backends(postgres_url, write_ini):
     return backends
 
 
-def test_a_forked_process_gets_a_connection_of_its_own(backends):
-    parent, (child,) = backends()
+@pytest.mark.parametrize(
+    "preparation",
+    [
+        "",
+        "gc.freeze()",  # as programs do that want to share memory with their children
+        "other = engine.execution_options(isolation_level='SERIALIZABLE')",
+        "signals.worker_init.send(sender=None)",  # the connection is opened after it
+    ],
+    ids=["as it is", "frozen", "engine with options", "after the worker's start"],
+)
+def test_a_forked_process_gets_a_connection_of_its_own(backends, preparation):
+    parent, (child,) = backends(preparation)
 
     assert child not in parent
 
@@ -78,25 +88,6 @@ def test_a_process_that_has_not_forked_keeps_its_connection(backends):
     (*_, before, after), _ = backends()
 
     assert before == after
-
-
-def test_an_engine_is_found_though_the_garbage_collector_is_frozen(backends):
-    """As programs do that want to share memory with their children."""
-    parent, (child,) = backends("gc.freeze()")
-
-    assert child not in parent
-
-
-def test_an_engine_with_options_is_no_obstacle(backends):
-    parent, (child,) = backends("other = engine.execution_options(isolation_level='SERIALIZABLE')")
-
-    assert child not in parent
-
-
-def test_a_connection_of_after_the_worker_s_start_is_the_parent_s_too(backends):
-    parent, (child,) = backends("signals.worker_init.send(sender=None)")
-
-    assert child not in parent
 
 
 def test_connections_are_forgotten_and_not_closed(postgres):
@@ -201,32 +192,32 @@ CLOSING = PUBLISHING.replace("publish(2)", "app.publisher.close()").replace(
 )
 
 
-@pytest.mark.parametrize("broker", ["redis_url", "rabbitmq_url"])
-def test_a_forked_process_closes_no_connection_of_its_parent_s(
-    make_app, write_ini, request, broker
-):
-    url = request.getfixturevalue(broker)
+@pytest.fixture(params=["redis_url", "rabbitmq_url"])
+def publishing(request, make_app, write_ini):
+    """Run a program that publishes; return what it has printed, and the numbers it has sent."""
+    url = request.getfixturevalue(request.param)
     app = make_app(broker=url)
     queue = app.celery.conf.task_default_queue
     ini = write_ini(f"[celery]\nbroker_url = {url}\ntask_default_queue = {queue}")
-    command = [sys.executable, "-c", CLOSING, ini]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
 
-    assert done.stdout.split()[-1] == "True"
-    assert [message.args for message in app.sent()] == [[1], [3]]
+    def publishing(program):
+        command = [sys.executable, "-c", program, ini]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        return done.stdout.split(), [number for message in app.sent() for number in message.args]
+
+    return publishing
 
 
-@pytest.mark.parametrize("broker", ["redis_url", "rabbitmq_url"])
-def test_a_forked_process_publishes_on_a_connection_of_its_own(
-    make_app, write_ini, request, broker
-):
-    url = request.getfixturevalue(broker)
-    app = make_app(broker=url)
-    queue = app.celery.conf.task_default_queue
-    ini = write_ini(f"[celery]\nbroker_url = {url}\ntask_default_queue = {queue}")
-    command = [sys.executable, "-c", PUBLISHING, ini]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+def test_a_forked_process_closes_no_connection_of_its_parent_s(publishing):
+    printed, sent = publishing(CLOSING)
 
-    before, child, after = map(int, done.stdout.split())
-    assert [message.args for message in app.sent()] == [[1], [2], [3]]
+    assert printed[-1] == "True"
+    assert sent == [1, 3]
+
+
+def test_a_forked_process_publishes_on_a_connection_of_its_own(publishing):
+    printed, sent = publishing(PUBLISHING)
+
+    before, child, after = map(int, printed)
+    assert sent == [1, 2, 3]
     assert child > before == after  # the child keeps the inherited ones, and never uses them

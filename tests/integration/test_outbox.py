@@ -12,14 +12,18 @@ from billiard.exceptions import WorkerLostError
 from celery import chain, group, signals
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
 from pyramid.threadlocal import RequestContext
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from tests.notes import dispatch, follow, insert, write
 from tests.waiting import SOON
+from ws_celery.dispatch import Publication
+from ws_celery.testing.running import run_as_worker
 
 from ws_celery import RequestAwareTask, immediately, task
 from ws_celery.eager import received as received_by_worker
-from ws_celery.exceptions import SessionError, TableError
+from ws_celery.events import PublishFailed
+from ws_celery.exceptions import CutOff, SessionError, TableError
 from ws_celery.inspection import health
 from ws_celery.outbox.journal import publication_of
 from ws_celery.outbox.tables import aware as aware_of
@@ -47,6 +51,17 @@ def rejecting(request, number):
 @task(name="ignoring")
 def ignoring(request, number):
     insert(request, number)
+    raise Ignore
+
+
+@task(name="dooming_and_ignoring")
+def dooming_and_ignoring(request):
+    request.tm.doom()
+    raise Ignore
+
+
+@task(name="aware_and_ignoring", base=RequestAwareTask)
+def aware_and_ignoring(request):
     raise Ignore
 
 
@@ -339,6 +354,21 @@ def test_a_broker_that_is_down_leaves_rows_that_are_due_at_once(app, monkeypatch
     assert seconds_until_due(app) <= 0
 
 
+def test_what_may_have_been_sent_is_due_at_once_and_not_told_as_lost(app, monkeypatch, caplog):
+    def publish(self, producer, **options):
+        raise OperationalError("gone")
+
+    lost = []
+    app.registry.registerHandler(lost.append, [PublishFailed])
+    monkeypatch.setattr(Publication, "publish", publish)
+    with transaction.manager:
+        write.delay(app.request(), 1)
+
+    assert lost == []
+    assert "The outbox keeps 1 tasks for the relay" in caplog.text
+    assert seconds_until_due(app) <= 0
+
+
 def test_a_dead_letter_stays_one_though_its_publisher_has_given_up_late(app):
     dispatch(app, write, 1)
     publication = _publication(app)
@@ -514,6 +544,18 @@ def test_a_task_that_ends_with_ignore_has_had_its_effect(app, start_worker, data
     assert rows(app) == []
 
 
+@pytest.mark.parametrize("each", [dooming_and_ignoring, aware_and_ignoring])
+def test_a_task_that_ends_with_ignore_and_commits_nothing_is_not_sent_again(
+    make, start_worker, each
+):
+    app = make(each)
+    dispatch(app, each)
+    start_worker(app)
+    dispatch(app, write, 1).get(SOON)
+
+    assert rows(app) == []
+
+
 def test_a_task_without_a_transaction_of_its_own_loses_its_row_after_the_run(app, start_worker):
     first = dispatch(app, aware)
     second = dispatch(app, aware_and_retrying)
@@ -591,6 +633,21 @@ def test_a_run_that_loses_its_database_is_no_dead_letter(
 
     assert database.notes() == (["note 3"] if lease_is_left else ["note 1", "note 2", "note 3"])
     assert [row.died_at for row in rows(app)] == ([None] if lease_is_left else [])
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+def test_a_run_that_cannot_connect_to_its_database_is_no_dead_letter(app, database):
+    result = dispatch(app, write, 1)
+    publication = _publication(app)
+    publication.options["headers"]["ws_celery_outbox"] = str(publication.row_id)
+    nowhere = create_engine("postgresql+psycopg://postgres@127.0.0.1:1/none")
+    database.sessions.configure(bind=nowhere)
+
+    with pytest.raises(CutOff):
+        run_as_worker(app.celery, publication, {})
+
+    assert [row.died_at for row in rows(app)] == [None]
+    assert result.state == "PENDING"
 
 
 def _terminate(session, database):

@@ -232,6 +232,21 @@ def test_a_retry_of_a_run_that_goes_on_leaves_with_its_commit(app, start_worker,
     assert rows_of(app) == []
 
 
+def test_a_retry_of_a_run_that_goes_on_has_a_row_of_its_own(app, database, rows_of):
+    dispatch(app, going_on, 1)
+    publication = publication_of(app, rows_of)
+    app.sent()
+    publication.options["headers"]["ws_celery_outbox"] = str(publication.row_id)
+
+    run_as_worker(app.celery, publication, {})
+
+    assert database.notes() == ["note 1"]
+    (row,) = rows_of(app)
+    (retry,) = app.sent()
+    assert retry.headers["retries"] == 1
+    assert retry.headers["ws_celery_outbox"] == str(row.id) != str(publication.row_id)
+
+
 def test_a_run_without_a_transaction_leaves_its_row_to_its_retry(app, rows_of):
     dispatch(app, aware_going_on)
     publication = publication_of(app, rows_of)
@@ -403,6 +418,23 @@ def test_a_claim_that_fails_by_a_serialization_error_is_tried_again_in_place(
     assert len(attempts) == 1
     assert rows_of(app) == []
     engine.dispose()
+
+
+def test_a_run_without_effect_has_aborted_before_its_request_ends(make_outbox, postgres, rows_of):
+    @task(name="late", acknowledge="late")
+    def late(request):
+        request.add_finished_callback(lambda request: write.delay(request, 2))
+        app.celery.outbox.delete(row.id)  # somebody else has had the effect
+
+    app = make_outbox(postgres, late, write)
+    dispatch(app, late)
+    (row,) = rows_of(app)
+    app.sent()
+
+    result = app.celery.tasks["late"].apply(headers={"ws_celery_outbox": str(row.id)})
+
+    assert result.state == "IGNORED"
+    assert app.names() == ["write"]
 
 
 @pytest.mark.parametrize("acknowledge", ["early", "late"])

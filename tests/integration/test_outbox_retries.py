@@ -195,6 +195,18 @@ def test_a_retry_that_a_doomed_run_catches_is_sent(app, start_worker, database, 
     assert rows_of(app) == []
 
 
+def test_a_doomed_run_whose_row_holds_its_retry_ends_well(app, rows_of):
+    dispatch(app, swallowing_and_dooming, 1)
+    (row,) = rows_of(app)
+    publication = app.celery.outbox.publication_of(row)
+    publication.options["headers"]["ws_celery_outbox"] = str(row.id)
+
+    assert run_as_worker(app.celery, publication, {}) is None
+
+    (kept,) = rows_of(app)
+    assert app.celery.outbox.publication_of(kept).options["headers"]["retries"] == 1
+
+
 @pytest.mark.parametrize("how", ["go on", "doom", "doom and ignore", "fail"])
 def test_all_retries_that_the_function_catches_are_sent(app, start_worker, database, rows_of, how):
     dispatch(app, swallowing_all, how)
@@ -371,6 +383,23 @@ def test_headers_that_are_copied_to_another_call_do_not_take_the_row_with_them(
     finish(app, 8, 9)
     assert database.notes() == ["note 1", "note 8", "note 9"]
     assert rows_of(app) == []
+
+
+def test_a_call_with_the_headers_of_a_run_that_fails_is_not_sent(
+    make_outbox, database, start_worker, rows_of
+):
+    @task(name="copying_and_failing", bind=True)
+    def copying_and_failing(self, request, number):
+        write.apply_async((number,), headers=dict(self.request.headers))
+        raise LookupError
+
+    app = make_outbox(database, write, copying_and_failing)
+    dispatch(app, copying_and_failing, 1)
+    start_worker(app)
+
+    finish(app, 8, 9)
+    assert database.notes() == ["note 8", "note 9"]
+    assert [row.task for row in rows_of(app)] == ["copying_and_failing"]
 
 
 def test_a_chord_that_is_polled_calls_its_body_once_and_leaves_no_row(

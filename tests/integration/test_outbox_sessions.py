@@ -19,6 +19,11 @@ def work(request, number):
     pass
 
 
+@task(name="careless", outbox=False)
+def careless(request):
+    pass
+
+
 class _Synchronizer:
     """Calls something when the transaction is about to complete."""
 
@@ -199,6 +204,19 @@ def test_a_request_whose_own_transaction_is_not_open_is_refused_at_the_call(
         work.delay(request, 1)
 
     assert rows_of(app) == app.sent() == []
+
+
+def test_a_row_is_written_with_the_session_of_the_request_that_dispatches_it(
+    make_outbox, database, rows_of
+):
+    app = make_outbox(database, work, careless, **EXPLICIT)
+    other, request = app.request(), app.request()
+    request.tm = transaction.manager
+    with transaction.manager:
+        careless.delay(other)  # whose own transaction is not open
+        work.delay(request, 1)
+
+    assert row_ids(rows_of(app)) == headers(app.sent()[1:])
 
 
 def test_a_session_that_works_in_another_transaction_is_refused_at_the_call(

@@ -428,6 +428,16 @@ def test_a_worker_retries_and_buries_what_comes_after_a_commit_of_the_function(
 # Views
 
 
+def serving(view):
+    """Let an application have one view."""
+
+    def setup(config):
+        config.add_route("home", "/")
+        config.add_view(view, route_name="home")
+
+    return setup
+
+
 @pytest.mark.parametrize("doomed", [True, False])
 @pytest.mark.parametrize("how", ["commit", "abort"])
 def test_what_a_view_dispatches_after_a_commit_or_abort_of_its_own_has_a_row(
@@ -441,11 +451,7 @@ def test_what_a_view_dispatches_after_a_commit_or_abort_of_its_own_has_a_row(
             request.tm.doom()
         return Response("done")
 
-    def setup(config):
-        config.add_route("home", "/")
-        config.add_view(view, route_name="home")
-
-    app = make_outbox(database, write, setup=setup, **options)
+    app = make_outbox(database, write, setup=serving(view), **options)
     app.web.get("/")
 
     messages = app.sent()
@@ -481,11 +487,7 @@ def test_what_a_hook_of_a_view_s_own_commit_dispatches_is_sent_at_once_and_has_n
         request.tm.doom()
         return Response("done")
 
-    def setup(config):
-        config.add_route("home", "/")
-        config.add_view(view, route_name="home")
-
-    app = make_outbox(sqlite, write, setup=setup, **options)
+    app = make_outbox(sqlite, write, setup=serving(view), **options)
     app.web.get("/")
 
     (message,) = app.sent()

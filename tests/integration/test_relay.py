@@ -65,6 +65,16 @@ def app(make):
     return app
 
 
+@pytest.fixture
+def app_alone(make, start_broker, tmp_path):
+    """An application with a broker of its own."""
+    broker = EmbeddedBroker(tmp_path / "broker")
+    start_broker(broker)
+    app = make(broker=broker.url(0))
+    app.relay = app.celery.outbox.relay
+    return app
+
+
 def dispatch(app, *numbers, **options):
     """Dispatch tasks; return the ids."""
     with transaction.manager:
@@ -124,6 +134,14 @@ def test_what_is_due_is_sent_once_and_counted(app):
         str(row.id) for row in rows(app)
     }
     assert [(row.deliveries, row.lease) for row in rows(app)] == [(1, 600)] * 2
+
+
+def test_a_lease_is_never_longer_than_an_hour(app):
+    dispatch_unsent(app, 1)
+    change(app, lease=3000)
+    app.relay.turn()
+
+    assert [(row.deliveries, row.lease) for row in rows(app)] == [(1, 3600)]
 
 
 def test_what_is_not_due_is_left_alone(app):
@@ -299,6 +317,16 @@ def test_of_a_backlog_only_what_is_missing_is_sent_again(app):
     assert sum(row.deliveries for row in rows(app)) == 1
 
 
+def test_what_could_not_be_sent_is_sent_though_others_wait_in_its_queue(app, monkeypatch):
+    expected = dispatch(app, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(app.celery, "publish", app.celery.outbox.not_published)
+        expected += dispatch(app, 2)
+    app.relay.turn()
+
+    assert ids(app.sent()) == expected
+
+
 def test_what_waits_nowhere_any_more_is_sent_again(app):
     expected = dispatch(app, 1, 2)
     app.sent()
@@ -370,6 +398,30 @@ def test_a_broker_that_goes_in_the_middle_counts_no_delivery(make, start_broker,
     assert len(app.sent()) == 2
 
 
+def test_a_broker_that_goes_between_two_messages_counts_what_it_has_been_sent(
+    app, redis_url, monkeypatch
+):
+    """Of a batch that was refused each is sent alone; the second meets no broker any more."""
+    dispatch_unsent(app, 1, 2, 3)
+    flush, sent = app.celery.publisher.flush, []
+
+    def failing(publications):
+        if len(publications) > 1:
+            raise LookupError("not together")
+        if sent:
+            with redis.Redis.from_url(redis_url) as client:
+                client.delete(app.relay.canary.name)
+            raise ConnectionError
+        flush(publications)
+        sent.append(publications[0].row_id)
+
+    monkeypatch.setattr(app.celery.publisher, "flush", failing)
+    app.relay.turn()
+
+    assert {row.id for row in rows(app) if row.deliveries} == set(sent)
+    assert len(app.sent()) == 1
+
+
 @pytest.mark.parametrize("now", [True, False])
 def test_what_has_failed_meanwhile_is_not_given_back(app, now):
     dispatch(app, 1)
@@ -433,43 +485,36 @@ def test_a_broker_that_is_new_to_an_outbox_has_lost_nothing(make, redis_url, cap
     assert lines(caplog) == ["The broker is watched from now on; no task is unfinished"]
 
 
-def test_a_loss_is_seen_by_whoever_comes_back_to_an_empty_broker(make, start_broker, tmp_path):
-    broker = EmbeddedBroker(tmp_path / "broker")
-    start_broker(broker)
-    app = make(broker=broker.url(0))
-    relay = app.celery.outbox.relay
-    relay.turn()
-    expected = dispatch(app, 1) + dispatch_unsent(app, 2)
-    change(app, due_at=ago(1))
-    with Connection(broker.url(0)) as connection:
+def test_a_loss_is_seen_by_whoever_comes_back_to_an_empty_broker(app_alone):
+    app_alone.relay.turn()
+    expected = dispatch(app_alone, 1) + dispatch_unsent(app_alone, 2)
+    change(app_alone, due_at=ago(1))
+    with Connection(app_alone.celery.conf.broker_url) as connection:
         client = connection.default_channel.client
         client.flushall()
         client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "no")
-    relay.turn()
-    relay.turn()
+    app_alone.relay.turn()
+    app_alone.relay.turn()
 
-    assert set(ids(app.sent())) == set(expected)
+    assert set(ids(app_alone.sent())) == set(expected)
 
 
-def test_a_loss_is_seen_again_by_whoever_could_not_make_the_rows_due(make, start_broker, tmp_path):
+def test_a_loss_is_seen_again_by_whoever_could_not_make_the_rows_due(app_alone):
     """The canary comes last: were it laid first, nobody would know of the loss any more."""
-    broker = EmbeddedBroker(tmp_path / "broker")
-    start_broker(broker)
-    app = make(broker=broker.url(0))
-    relay = app.celery.outbox.relay
+    relay = app_alone.relay
     relay.watch = 0
     relay.turn()
-    expected = dispatch(app, 1)
-    with Connection(broker.url(0)) as connection:
+    expected = dispatch(app_alone, 1)
+    with Connection(app_alone.celery.conf.broker_url) as connection:
         empty_redis(connection, [])
     with pytest.MonkeyPatch.context() as patch:
         nowhere = create_engine("postgresql+psycopg://postgres@127.0.0.1:1/none")
-        patch.setattr(app.celery.outbox, "engine", nowhere)
+        patch.setattr(app_alone.celery.outbox, "engine", nowhere)
         relay.turn()
     relay.turn()
     relay.turn()
 
-    assert ids(app.sent()) == expected
+    assert ids(app_alone.sent()) == expected
 
 
 def test_a_loss_that_is_met_while_sending_is_left_to_be_seen(app, redis_url):
@@ -482,19 +527,15 @@ def test_a_loss_that_is_met_while_sending_is_left_to_be_seen(app, redis_url):
     assert not canary.lives()
 
 
-def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(
-    make, start_broker, tmp_path, caplog
-):
+def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(app_alone, caplog):
     """A Redis that was demoted answers what is read, and refuses what is written."""
-    broker = EmbeddedBroker(tmp_path / "broker")
-    start_broker(broker)
-    app = make(broker=broker.url(0))
-    relay = app.celery.outbox.relay
+    relay = app_alone.relay
     relay.watch = 0
     relay.turn()
-    expected = dispatch_unsent(app, 1)
+    expected = dispatch_unsent(app_alone, 1)
     lines(caplog)
-    with redis.Redis(unix_socket_path=str(broker.socket)) as client:
+    with Connection(app_alone.celery.conf.broker_url) as connection:
+        client = connection.default_channel.client
         client.replicaof("127.0.0.1", 1)
         for _ in range(3):
             relay.turn()
@@ -506,7 +547,7 @@ def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(
     assert "the broker has failed" in failed
     assert "read only replica" in failed
     assert "the broker is back" in back
-    assert ids(app.sent()) == expected
+    assert ids(app_alone.sent()) == expected
 
 
 def test_a_message_that_no_broker_takes_stops_no_other(make, rabbitmq_url, caplog):
