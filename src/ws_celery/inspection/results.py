@@ -280,10 +280,10 @@ def _shown_error(value: Any, shown: Callable[[str], str]) -> Any:
 
 
 def _decoded(backend: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **row,
-        **{key: _read(backend, row[key]) for key in ("result", "args", "kwargs") if row.get(key)},
-    }
+    coded = [key for key in ("args", "kwargs") if row.get(key)]
+    if isinstance(row.get("result"), bytes):  # with Celery 5.5, it is the value itself
+        coded.append("result")
+    return {**row, **{key: _read(backend, row[key]) for key in coded}}
 
 
 def _read(backend: Any, stored: Any) -> Any:
