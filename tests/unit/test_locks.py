@@ -16,7 +16,7 @@ from ws_celery import ConfigurationError, RequestAwareTask, get_celery_app, one_
 from ws_celery.events import LockLost, TaskSkipped
 from ws_celery.exceptions import LockGone, LocksUnavailable, Skipped
 from ws_celery.interfaces import ILockLost, ITaskSkipped
-from ws_celery.locks import Held, Holder, store_of
+from ws_celery.locks import Held, Holder
 from ws_celery.locks.holding import MemoryStore, Renewal
 
 
@@ -577,7 +577,7 @@ REDIS = "redis://127.0.0.1:6379/5"
 def test_a_setting_says_where_the_locks_are(make_config, broker, celery, locks, name):
     config = make_config(broker=broker, celery=celery, ws_celery__locks=locks)
     config.commit()
-    store = store_of(get_celery_app(config.registry))
+    store = get_celery_app(config.registry).locks.store
 
     assert type(store).__name__ == name
 

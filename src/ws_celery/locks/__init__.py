@@ -42,7 +42,6 @@ __all__ = (
     "check_rule",
     "one_instance",
     "rule_of",
-    "store_of",
 )
 
 log = logger_of(__name__)
@@ -290,8 +289,31 @@ class Locks:
 
     @cached_property
     def store(self) -> LockStore:
-        """Where the locks are."""
-        return store_of(self._app)
+        """Where the locks are, by the setting ``ws_celery.locks``.
+
+        If it is not set: the Redis of the broker, else that of the results, else the database; this
+        process where the broker is ``memory://``.
+
+        :raises ConfigurationError: if it is a Redis, and redis-py is not installed.
+        """
+        app = self._app
+        place: str = our_setting(app.registry.settings, "ws_celery.locks", "auto")
+        if place == "auto":
+            place = _default_place(app)
+        if place == "memory":
+            return MemoryStore()
+        if place == "database":
+            from ws_celery.locks.postgresql import PostgresqlStore  # needs SQLAlchemy
+
+            return PostgresqlStore(app)
+        try:
+            from ws_celery.locks.redis_store import RedisStore
+        except ImportError as error:
+            raise ConfigurationError(
+                f"The locks are in Redis, and redis-py is missing ({error}). "
+                "Install `ws-celery[redis]`, or set `ws_celery.locks = database`."
+            ) from error
+        return RedisStore(app, place)
 
     def close(self) -> None:
         """Close the connections that no run holds a lock with."""
@@ -407,33 +429,6 @@ def _storing_an_end(backend: Backend) -> Iterator[Backend]:
         yield backend
     finally:
         backend.READY_STATES = states.READY_STATES
-
-
-def store_of(app: PyramidCelery) -> LockStore:
-    """Return the store that ``ws_celery.locks`` names.
-
-    If it is not set: the Redis of the broker, else that of the results, else the database; this
-    process where the broker is ``memory://``.
-
-    :raises ConfigurationError: if it is in Redis, and redis-py is not installed.
-    """
-    place: str = our_setting(app.registry.settings, "ws_celery.locks", "auto")
-    if place == "auto":
-        place = _default_place(app)
-    if place == "memory":
-        return MemoryStore()
-    if place == "database":
-        from ws_celery.locks.postgresql import PostgresqlStore  # needs SQLAlchemy
-
-        return PostgresqlStore(app)
-    try:
-        from ws_celery.locks.redis_store import RedisStore
-    except ImportError as error:
-        raise ConfigurationError(
-            f"The locks are in Redis, and redis-py is missing ({error}). "
-            "Install `ws-celery[redis]`, or set `ws_celery.locks = database`."
-        ) from error
-    return RedisStore(app, place)
 
 
 def _default_place(app: PyramidCelery) -> str:

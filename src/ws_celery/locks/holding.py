@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from time import monotonic
@@ -58,6 +60,36 @@ class Holder:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def described_by(cls, description: str | bytes | None, now: int | None = None) -> Holder | None:
+        """Return the holder that a description tells of, which anybody may have written.
+
+        :param now: the microseconds of the clock that tells ``since`` when.
+        """
+        with suppress(ValueError, RecursionError):
+            fields = json.loads(description or b"null", parse_int=_number)
+            if isinstance(fields, dict):
+                known: dict[str, Any] = {
+                    name: fields[name]
+                    for name, type_ in _TYPES.items()
+                    if isinstance(fields.get(name), type_)
+                }
+                since = known.pop("since", None)
+                age = None if now is None or since is None else (now - since) / 1_000_000
+                return cls(**{"key": "", **known}, age=age)
+        return None
+
+
+#: What a description may tell of a holder.
+_TYPES = {
+    **dict.fromkeys(("key", "task", "id", "host"), str),
+    **dict.fromkeys(("token", "pid", "since"), int),
+}
+
+
+def _number(digits: str) -> int | None:
+    return int(digits) if len(digits) < 19 else None  # none of ours is longer
 
 
 class LockStore(ABC):
@@ -142,6 +174,10 @@ class Held:
             self._lose(_GONE)
             raise LockGone(self.task, self.id, self.key)
         self.renewed(asked_at)
+
+    def description(self) -> dict[str, Any]:
+        """Return what other processes are told of the holder; see :meth:`Holder.described_by`."""
+        return {"task": self.task, "id": self.id, "host": self.host, "pid": self.pid}
 
     def ensure(self) -> None:
         """Do what :meth:`check` does, if the run is not to commit without the lock."""
@@ -353,5 +389,4 @@ class MemoryStore(LockStore):
 
 
 def _holder(held: Held, since: float) -> Holder:
-    age = monotonic() - since
-    return Holder(held.key, held.token, held.task, held.id, held.host, held.pid, age)
+    return Holder(held.key, held.token, age=monotonic() - since, **held.description())

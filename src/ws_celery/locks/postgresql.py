@@ -34,7 +34,7 @@ __all__ = ("PostgresqlStore", "number_of")
 _ACQUIRE = text(
     """
     SELECT CASE WHEN pg_try_advisory_lock(:number) THEN txid_current() END,
-        extract(epoch FROM clock_timestamp())::float,
+        (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
         set_config('tcp_keepalives_idle', :third, false),
         set_config('tcp_keepalives_interval', :third, false),
         set_config('tcp_keepalives_count', '2', false),
@@ -48,7 +48,7 @@ _HOLDERS = text(
     """
     SELECT * FROM (
         SELECT l.classid::bigint << 32 | l.objid::bigint AS number, a.pid, a.query,
-            extract(epoch FROM clock_timestamp())::float AS now
+            (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now
         FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
         WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
             AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -60,8 +60,9 @@ _TERMINATE = text("SELECT pg_terminate_backend(:pid, 5000)")
 
 _DESCRIPTION = re.compile(r"/\* ws_celery:([\w=-]+) \*/")
 
-#: PostgreSQL shows the first 1024 bytes of a statement: so many are for each of key, task and id.
-_LONGEST = 160
+#: PostgreSQL shows the first 1024 bytes of a statement: so many, before they are encoded, are for
+#: each of key, task, id and host.
+_LONGEST = 150
 
 
 class PostgresqlStore(LockStore):
@@ -128,8 +129,9 @@ class PostgresqlStore(LockStore):
     def holders(self) -> list[Holder]:
         with _answering(), self._engine.connect() as connection:
             rows = connection.execute(_HOLDERS, {"number": None}).all()
-        found = [_described(row) for row in rows]
-        return sorted((holder for holder in found if holder), key=lambda holder: holder.key)
+        found = filter(None, map(_described, rows))
+        # Advisory locks of other programs have no key.
+        return sorted((each for each in found if each.key), key=lambda holder: holder.key)
 
     def holder_of(self, key: str) -> Holder | None:
         with _answering(), self._engine.connect() as connection:
@@ -247,26 +249,19 @@ def number_of(key: str) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def _describe(held: Held, now: float) -> str:
+def _describe(held: Held, now: int) -> str:
     """Return a statement that tells ``pg_stat_activity`` who holds a lock, since ``now``."""
-    fields = {
-        "key": _cut(held.key),
-        "task": _cut(held.task),
-        "id": held.id and _cut(held.id),
-        "host": _cut(held.host, 64),
-        "pid": held.pid,
-        "token": held.token,
-        "since": now,
-    }
-    description = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    fields = {"key": held.key, **held.description(), "token": held.token, "since": now}
+    short = {k: _cut(each) if isinstance(each, str) else each for k, each in fields.items()}
+    description = json.dumps(short, ensure_ascii=False, separators=(",", ":"))
     # Encoded: a key is made of arguments, and must not be able to end the comment.
     return f"SELECT 1 /* ws_celery:{urlsafe_b64encode(description.encode()).decode()} */"
 
 
-def _cut(text: str, most: int = _LONGEST) -> str:
-    """Return the beginning of a text that takes so many bytes, as JSON writes it."""
-    text = text[:most]
-    while len(json.dumps(text, ensure_ascii=False).encode()) - 2 > most:
+def _cut(text: str) -> str:
+    """Return the beginning of a text that is not too long in JSON."""
+    text = text[:_LONGEST]
+    while len(json.dumps(text, ensure_ascii=False).encode()) > _LONGEST:
         text = text[:-1]
     return text
 
@@ -284,9 +279,8 @@ def _holder(row: Row[Any], key: str) -> Holder:
 def _described(row: Row[Any]) -> Holder | None:
     """Return the holder that the last statement of a connection describes, if it is one of ours."""
     match = _DESCRIPTION.search(row.query or "")
-    with suppress(ValueError, TypeError, LookupError, AttributeError):  # not by us
-        fields = json.loads(urlsafe_b64decode(match[1] if match else ""))
-        return Holder(age=row.now - fields.pop("since"), **fields)
+    with suppress(ValueError):  # it is not encoded: not by us
+        return Holder.described_by(urlsafe_b64decode(match[1] if match else ""), row.now)
     return None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -45,11 +46,8 @@ end
 return redis.call('MGET', KEYS[1])[1]
 """
 
-#: What the owner of a lock tells of itself.
-_DESCRIPTION = ("owner", "task", "id", "host", "pid")
-
-#: The answer of PTTL if there is no such key.
-_NO_KEY = -2
+#: Answers of PTTL: if a key has no time to live, and if there is no such key.
+_FOR_EVER, _NO_KEY = -1, -2
 
 
 class RedisStore(LockStore):
@@ -87,7 +85,7 @@ class RedisStore(LockStore):
 
     def acquire(self, held: Held) -> Holder | None:
         name = self._prefix + held.key
-        description = json.dumps({field: getattr(held, field) for field in _DESCRIPTION})[1:]
+        description = json.dumps({"owner": held.owner, **held.description()})[1:]
         with self._answering():
             arguments = (description, round(held.timeout * 1000))
             value = self._acquire((name, self._last_token), arguments)
@@ -173,29 +171,7 @@ class RedisStore(LockStore):
 
 
 def _holder(
-    key: str, value: bytes | str | None, now: int | None = None, left: int | None = None
+    key: str, value: bytes | str | None, now: int | None = None, left: int = _FOR_EVER
 ) -> Holder:
-    """Return who holds a lock by its value, which somebody else may have made, in any way."""
-    fields: object = None
-    with suppress(ValueError, RecursionError):
-        fields = json.loads(value or b"null")
-    found = fields if isinstance(fields, dict) else {}
-    since = _number(found.get("since"))
-    return Holder(
-        key,
-        token=_number(found.get("token")),
-        task=_text(found.get("task")),
-        id=_text(found.get("id")),
-        host=_text(found.get("host")),
-        pid=_number(found.get("pid")),
-        age=None if now is None or since is None else (now - since) / 1_000_000,
-        time_left=None if left is None or left < 0 else left / 1000,
-    )
-
-
-def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and 0 < value < 2**63 else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    found = Holder.described_by(value, now) or Holder(key)
+    return replace(found, key=key, time_left=None if left < 0 else left / 1000)
