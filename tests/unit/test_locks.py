@@ -371,6 +371,15 @@ def test_a_lock_that_cannot_be_renewed_for_its_timeout_is_lost_once():
         held.check()
 
 
+def test_a_lock_that_a_bug_keeps_from_being_renewed_is_lost_too(caplog):
+    held, store, losses = hold(timeout=0.0)
+    store.down, store.error = True, RuntimeError("a bug")
+
+    assert not held.renew()
+    assert losses == ["it could not be renewed for 0 seconds"]
+    assert "RuntimeError: a bug" in caplog.text
+
+
 def test_a_lock_that_cannot_be_given_back_runs_out(caplog):
     held, store, losses = hold()
     store.down = True

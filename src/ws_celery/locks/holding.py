@@ -1,4 +1,8 @@
-"""The lock of one run, what a store of locks has to do, and the thread that renews locks."""
+"""The lock of one run, the thread that renews locks, and what a store of locks has to do.
+
+The thread and the run meet in :class:`Held`: ``due`` is when the thread acts next. It begins to
+renew then, or gives up if that is still going on, or if the run is over and waits for the store.
+"""
 
 from __future__ import annotations
 
@@ -175,14 +179,14 @@ class Held:
             raise LockGone(self.task, self.id, self.key)
         self.renewed(asked_at)
 
-    def description(self) -> dict[str, Any]:
-        """Return what other processes are told of the holder; see :meth:`Holder.described_by`."""
-        return {"task": self.task, "id": self.id, "host": self.host, "pid": self.pid}
-
     def ensure(self) -> None:
         """Do what :meth:`check` does, if the run is not to commit without the lock."""
         if self.raises:
             self.check()
+
+    def description(self) -> dict[str, Any]:
+        """Return what other processes are told of the holder; see :meth:`Holder.described_by`."""
+        return {"task": self.task, "id": self.id, "host": self.host, "pid": self.pid}
 
     def renewed(self, since: float) -> None:
         """Count the timeout from ``since`` on, and renew the lock after a quarter of it."""
@@ -219,11 +223,11 @@ class Held:
         return kept
 
     def _retry(self, error: Exception) -> bool:
+        unexpected = not isinstance(error, LocksUnavailable)
+        log.warning("The lock %r could not be renewed: %s", self.key, error, exc_info=unexpected)
         if monotonic() >= self._good_until:  # it may have taken long to fail
             self.give_up()
             return False
-        unexpected = not isinstance(error, LocksUnavailable)
-        log.warning("The lock %r could not be renewed: %s", self.key, error, exc_info=unexpected)
         self.postpone()
         return True
 

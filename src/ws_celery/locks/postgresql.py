@@ -180,7 +180,7 @@ class _Session:
 
     def renew(self) -> bool:
         """Describe again who holds the lock; return whether the connection is still there."""
-        with self._mutex:
+        with self._alone():
             if self._connection.closed or self._connection.invalidated:
                 return False  # it would connect anew, without the lock
             try:
@@ -194,7 +194,7 @@ class _Session:
     def release(self) -> bool:
         """Give the lock and the connection back; return whether it still was held."""
         number = {"number": number_of(self._held.key)}
-        with self._mutex:
+        with self._alone():
             try:
                 return bool(self._connection.execute(_RELEASE, number).scalar_one())
             except SQLAlchemyError as error:
@@ -211,6 +211,15 @@ class _Session:
         if self._socket is not None:
             with suppress(OSError):  # it has been closed just now
                 self._socket.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._mutex.acquire(timeout=self._held.timeout):
+            raise LocksUnavailable("the database does not answer")
+        try:
+            yield
+        finally:
+            self._mutex.release()
 
     def _close(self) -> None:
         if self._socket is not None:
