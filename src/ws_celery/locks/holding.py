@@ -224,12 +224,15 @@ class Held:
 
     def _retry(self, error: Exception) -> bool:
         unexpected = not isinstance(error, LocksUnavailable)
-        log.warning("The lock %r could not be renewed: %s", self.key, error, exc_info=unexpected)
-        if monotonic() >= self._good_until:  # it may have taken long to fail
+        in_time = monotonic() < self._good_until  # it may have taken long to fail
+        if in_time or unexpected:
+            text = "The lock %r could not be renewed: %s"
+            log.warning(text, self.key, error, exc_info=unexpected)
+        if in_time:
+            self.postpone()
+        else:
             self.give_up()
-            return False
-        self.postpone()
-        return True
+        return in_time
 
     def postpone(self) -> None:
         """Try to renew again soon: this try has failed."""
