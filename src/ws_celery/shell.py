@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transaction
 
 from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.interfaces import ICeleryApp
+
+if TYPE_CHECKING:
+    from celery import Task
+    from pyramid.request import Request
 
 __all__ = ("open_transaction", "setup", "tasks_by_name")
 
@@ -30,7 +34,7 @@ def setup(env: MutableMapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def tasks_by_name(app: PyramidCelery) -> dict[str, Any]:
+def tasks_by_name(app: PyramidCelery) -> dict[str, Task]:
     """Return the application's tasks, Celery's own left out, by the names of their functions."""
     own = (task for task in app.tasks.values() if not task.name.startswith("celery."))
     return {task.__name__: task for task in own}
@@ -46,19 +50,19 @@ def open_transaction(env: MutableMapping[str, Any]) -> Iterator[None]:
     :param env: the names, with a ``request``.
     """
     request = env["request"]
-    session = _Transaction(get_celery_app(request), request)
-    session.begin()
-    env.update(commit=session.commit, abort=session.abort)
+    current = _Transaction(get_celery_app(request), request)
+    current.begin()
+    env.update(commit=current.commit, abort=current.abort)
     try:
         yield
     finally:
-        session.leave()
+        current.leave()
 
 
 class _Transaction:
     """The transaction of a shell: one is open at any time."""
 
-    def __init__(self, app: PyramidCelery, request: Any) -> None:
+    def __init__(self, app: PyramidCelery, request: Request) -> None:
         self._app = app
         self._request = request
         manager = getattr(request, "tm", None)
@@ -79,14 +83,15 @@ class _Transaction:
         self._end(self._manager.abort)
 
     def leave(self) -> None:
-        dropped = self._dispatches()
+        """Abort, and say on stderr how many dispatches are dropped."""
+        dropped = self._recorded()
         self._request.environ["tm.active"] = False
         self._manager.abort()
         if dropped:
             tasks = "1 dispatch is" if dropped == 1 else f"{dropped} dispatches are"
             sys.stderr.write(f"Aborted: {tasks} dropped. commit() would have sent them.\n")
 
-    def _end(self, end: Callable[[], Any]) -> None:
+    def _end(self, end: Callable[[], object]) -> None:
         try:
             end()
         except BaseException:
@@ -95,7 +100,8 @@ class _Transaction:
         finally:
             self.begin()
 
-    def _dispatches(self) -> int:
+    def _recorded(self) -> int:
+        """Return how many dispatches the transaction has recorded."""
         try:
             return len(self._manager.get().data(self._app).publications)
         except KeyError:

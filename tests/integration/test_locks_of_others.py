@@ -14,13 +14,15 @@ from ws_celery.exceptions import Skipped
 from ws_celery.locks import Held, Holder
 from ws_celery.locks.postgresql import number_of
 
-HASHES = {
-    "without a holder": {"who": "knows"},
-    "with a list": {"holder": "[1, 2]"},
-    "with no JSON": {"holder": b"\xff{"},
-    "with other fields": {"holder": json.dumps({"whose": "mine", "pid": "many", "id": 3})},
-    "with words for numbers": {"token": "a token", "since": "yesterday", "holder": "null"},
-    "with too great a number": {"token": "9" * 5000},
+TEXTS = {
+    "without a holder": "held",
+    "with a list": "[1, 2]",
+    "with no JSON": b"\xff{",
+    "without an end": "[" * 100_000,
+    "with other fields": json.dumps({"whose": "mine", "pid": "many", "id": 3}),
+    "with words for numbers": json.dumps({"token": "a token", "since": "yesterday"}),
+    "with a great number": json.dumps({"token": 10**400, "since": 10**400}),
+    "with too great a number": '{"token": %s}' % ("9" * 5000),
 }
 
 
@@ -30,21 +32,19 @@ def client(redis_url):
         yield client
 
 
-@pytest.fixture(params=[*HASHES, "as a text", "as a list"])
+@pytest.fixture(params=[*TEXTS, "as a hash", "as a list"])
 def key(request, client):
-    """A key that is held, and in the index of those that are."""
+    """A key that is held."""
     key = uuid.uuid4().hex
     name = f"ws_celery:lock:{key}"
-    if request.param in HASHES:
-        client.hset(name, mapping=HASHES[request.param])
-    elif request.param == "as a text":
-        client.set(name, "held")
+    if request.param in TEXTS:
+        client.set(name, TEXTS[request.param])
+    elif request.param == "as a hash":
+        client.hset(name, mapping={"owner": "somebody", "token": "1", "holder": "null"})
     else:
         client.rpush(name, "held")
-    client.zadd("ws_celery:locks", {name: 2**53})
     yield key
     client.delete(name)
-    client.zrem("ws_celery:locks", name)
 
 
 @pytest.fixture
@@ -85,11 +85,18 @@ def test_it_can_be_freed_and_is_ours_then(app, key):
     assert app.celery.tasks["locked"].apply((key,)).get() == "has run"
 
 
-def test_a_run_whose_key_was_overwritten_has_lost_its_lock(app, client):
+@pytest.mark.parametrize("kind", ["text", "list"])
+def test_a_run_whose_key_was_overwritten_has_lost_its_lock(app, client, kind):
     ours = held_by_us(app, uuid.uuid4().hex)
     store = app.celery.locks.store
     assert store.acquire(ours) is None
-    client.set(f"ws_celery:lock:{ours.key}", "held", ex=60)
+    name = f"ws_celery:lock:{ours.key}"
+    if kind == "text":
+        client.set(name, "held")
+    else:
+        client.delete(name)
+        client.rpush(name, "held")
+    client.expire(name, 60)
 
     assert not store.renew(ours)
     assert not store.release(ours)

@@ -17,8 +17,7 @@ from ws_celery.events import LockLost, TaskSkipped
 from ws_celery.exceptions import LockGone, LocksUnavailable, Skipped
 from ws_celery.interfaces import ILockLost, ITaskSkipped
 from ws_celery.locks import Held, Holder
-from ws_celery.locks.holding import MemoryStore, store_of
-from ws_celery.locks.keeper import Renewal
+from ws_celery.locks.holding import MemoryStore, Renewal
 
 
 def key_of(template, function, *args, **kwargs):
@@ -354,7 +353,7 @@ def test_a_store_that_does_not_answer_is_asked_again_sooner(caplog):
     store.down = True
     due = held.due
 
-    assert held.keep()
+    assert held.renew()
     assert held.due < due
     assert losses == []
     assert "could not be renewed" in caplog.text
@@ -364,12 +363,21 @@ def test_a_lock_that_cannot_be_renewed_for_its_timeout_is_lost_once():
     held, store, losses = hold(timeout=0.0)
     store.down = True
 
-    assert not held.keep()
-    assert not held.keep()
+    assert not held.renew()
+    assert not held.renew()
     assert losses == ["it could not be renewed for 0 seconds"]
     assert held.lost
     with pytest.raises(LockGone, match="has lost the lock 'key'"):
         held.check()
+
+
+def test_a_lock_that_a_bug_keeps_from_being_renewed_is_lost_too(caplog):
+    held, store, losses = hold(timeout=0.0)
+    store.down, store.error = True, RuntimeError("a bug")
+
+    assert not held.renew()
+    assert losses == ["it could not be renewed for 0 seconds"]
+    assert "RuntimeError: a bug" in caplog.text
 
 
 def test_a_lock_that_cannot_be_given_back_runs_out(caplog):
@@ -385,7 +393,7 @@ def test_a_renewal_that_meets_the_end_of_the_run_is_no_loss():
     held, _, losses = hold()
     held.end()
 
-    assert not held.keep()
+    assert not held.renew()
     assert losses == []
 
 
@@ -429,7 +437,7 @@ def test_a_failure_that_comes_late_is_a_loss():
     held, store, told = hold_silent(timeout=0.05)
     threading.Thread(target=wait_until_lost, args=(held, store.answer)).start()
 
-    assert not held.keep()
+    assert not held.renew()
     assert told.is_set()
 
 
@@ -464,7 +472,7 @@ def test_a_silent_store_keeps_neither_its_loss_back_nor_the_renewal_of_others():
 def test_the_end_of_a_run_gives_up_a_store_that_is_silent(caplog):
     renewal = Renewal()
     held, store, told = hold_silent(timeout=60.0)
-    held._see_to_it(held.due + 1000)
+    held._schedule(held.due + 1000)
     renewal.add(held)
     while not renewal._wakes_at:
         renewal._thread.join(0.01)
@@ -578,7 +586,7 @@ REDIS = "redis://127.0.0.1:6379/5"
 def test_a_setting_says_where_the_locks_are(make_config, broker, celery, locks, name):
     config = make_config(broker=broker, celery=celery, ws_celery__locks=locks)
     config.commit()
-    store = store_of(get_celery_app(config.registry))
+    store = get_celery_app(config.registry).locks.store
 
     assert type(store).__name__ == name
 

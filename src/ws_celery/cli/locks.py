@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,7 @@ from ws_celery import inspection
 from ws_celery.cli.tables import confirm, echo, table
 
 if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
     from ws_celery.inspection import Holder
 
 __all__ = ("locks",)
@@ -65,8 +66,9 @@ def free(context: click.Context, key: str, yes: bool, as_json: bool) -> None:
         echo(f"Freed the lock {key!r}, which was held by {holder}.")
 
 
-def _app(context: click.Context) -> Any:
-    return context.obj.app
+def _app(context: click.Context) -> PyramidCelery:
+    app: PyramidCelery = context.obj.app
+    return app
 
 
 def _cells(holder: Holder) -> tuple[str, ...]:

@@ -1,35 +1,35 @@
-"""The lock of one run, who holds a lock, and what a store of locks has to do."""
+"""The lock of one run, the thread that renews locks, and what a store of locks has to do.
+
+The thread and the run meet in :class:`Held`: ``due`` is when the thread acts next. It begins to
+renew then, or gives up if that is still going on, or if the run is over and waits for the store.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
-from kombu import Connection
-
-from ws_celery.exceptions import ConfigurationError, LockGone, LocksUnavailable
+from ws_celery.exceptions import LockGone, LocksUnavailable
 from ws_celery.masking import logger_of
-from ws_celery.settings import our_setting
 
-__all__ = (
-    "Held",
-    "Holder",
-    "MemoryStore",
-    "Store",
-    "store_of",
-)
+__all__ = ("Held", "Holder", "LockStore", "MemoryStore", "Renewal")
 
 log = logger_of(__name__)
 
 #: Seconds that the end of a run waits at most for a store that does not answer.
 _PATIENCE = 5.0
+
+_GONE = "somebody else has freed it, or it has run out"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Holder:
     """Who holds a lock; what nobody knows is ``None``.
 
     :param key: the key of the lock.
-    :param token: the fencing token of the run; ``None`` if it is not told yet.
+    :param token: the fencing token of the run.
     :param task: the name of the task.
     :param id: the id of the task.
     :param host: the machine that it runs on.
@@ -65,35 +65,71 @@ class Holder:
         """Return the fields, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def described_by(cls, description: str | bytes | None, now: int | None = None) -> Holder | None:
+        """Return the holder that a description tells of, which anybody may have written.
 
-class Store(Protocol):
+        :param now: the microseconds of the clock that tells ``since`` when.
+        """
+        with suppress(ValueError, RecursionError):
+            fields = json.loads(description or b"null", parse_int=_number)
+            if isinstance(fields, dict):
+                known: dict[str, Any] = {
+                    name: fields[name]
+                    for name, type_ in _TYPES.items()
+                    if isinstance(fields.get(name), type_)
+                }
+                since = known.pop("since", None)
+                age = None if now is None or since is None else (now - since) / 1_000_000
+                return cls(**{"key": "", **known}, age=age)
+        return None
+
+
+#: What a description may tell of a holder.
+_TYPES = {
+    **dict.fromkeys(("key", "task", "id", "host"), str),
+    **dict.fromkeys(("token", "pid", "since"), int),
+}
+
+
+def _number(digits: str) -> int | None:
+    return int(digits) if len(digits) < 19 else None  # none of ours is longer
+
+
+class LockStore(ABC):
     """Where locks are: all the workers of an application see the same.
 
     Its methods raise :exc:`ws_celery.exceptions.LocksUnavailable` if it does not answer.
     """
 
+    @abstractmethod
     def acquire(self, held: Held) -> Holder | None:
         """Take the lock and set ``held.token``, or return who has it."""
 
+    @abstractmethod
     def renew(self, held: Held) -> bool:
         """Let it be held for another ``held.timeout`` seconds; return whether it still was."""
 
+    @abstractmethod
     def release(self, held: Held) -> bool:
         """Give it back; return whether it still was held."""
 
+    def abandon(self, held: Held) -> None:  # noqa: B027 - most have time limits of their own
+        """Make other threads that wait for an answer about this lock wait no longer."""
+
+    @abstractmethod
     def holders(self) -> list[Holder]:
         """Return who holds locks, in the order of their keys."""
 
+    @abstractmethod
     def holder_of(self, key: str) -> Holder | None:
         """Return who holds the lock of a key, if somebody does."""
 
+    @abstractmethod
     def free(self, holder: Holder) -> bool:
         """Take the lock away from this holder; return whether he still had it."""
 
-    def abandon(self, held: Held) -> None:
-        """Let nobody wait any longer for what was asked about the lock: it is given up."""
-
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - without a connection there is nothing to do
         """Close the connections that no run holds a lock with."""
 
 
@@ -112,7 +148,7 @@ class Held:
     timeout: float
     task: str
     id: str | None
-    store: Store = field(repr=False)
+    store: LockStore = field(repr=False)
     on_loss: Callable[[Held, str], None] = field(repr=False)
     raises: bool = False
     #: A number that is greater than that of every earlier holder of the key.
@@ -123,53 +159,13 @@ class Held:
 
     def __post_init__(self) -> None:
         self._mutex = threading.Lock()
-        self._lost = self._over = self._failing = False
+        self._lost = self._ended = False
         self.renewed(monotonic())
 
     @property
     def lost(self) -> bool:
         """Whether the lock is known to be lost, or was not heard of for its whole timeout."""
-        return self._lost or (not self._over and monotonic() >= self._good_until)
-
-    @property
-    def patience(self) -> float:
-        """Seconds that the end of the run waits for a store that does not answer."""
-        return min(self.timeout / 4, _PATIENCE)
-
-    def renewed(self, since: float) -> None:
-        """Take note that the lock is held from ``since`` on."""
-        self._good_until = since + self.timeout
-        self._failing = False
-        self._see_to_it(since + self.timeout / 4)
-
-    def _see_to_it(self, due: float) -> None:
-        """Let the process renew the lock then, by the monotonic clock, or give it up."""
-        if not self._over:
-            self.due = due
-            self._busy = False
-
-    def begin(self) -> bool:
-        """Tell whether it is to be renewed now; else it is to be given up.
-
-        A process that stood still has not asked yet, and may find that it still has the lock.
-        """
-        now = monotonic()
-        if self._over or self._busy or (self._failing and now >= self._good_until):
-            return False
-        self._busy = True
-        self.due = max(self._good_until, now + self.timeout / 4)
-        return True
-
-    def give_up(self) -> None:
-        """Wait no longer for the store, which does not answer."""
-        if not self._over:
-            self._lose(f"it could not be renewed for {self.timeout:g} seconds")
-        self.store.abandon(self)
-
-    def ending(self) -> None:
-        """Take note that the run is over, and is not to wait for the store without end."""
-        self._over = True
-        self.due = monotonic() + self.patience
+        return self._lost or (not self._ended and monotonic() >= self._good_until)
 
     def check(self) -> None:
         """Make sure that the lock is still held, and renew it.
@@ -177,48 +173,85 @@ class Held:
         :raises LockGone: if it is not.
         :raises LocksUnavailable: if nobody can tell, because the store does not answer.
         """
-        before = monotonic()
-        if not self._lost and self.store.renew(self):
-            self.renewed(before)
-            return
-        self._lose("somebody else has freed it, or it has run out")
-        raise LockGone(self.task, self.id, self.key)
+        asked_at = monotonic()
+        if self._lost or not self.store.renew(self):
+            self._lose(_GONE)
+            raise LockGone(self.task, self.id, self.key)
+        self.renewed(asked_at)
 
     def ensure(self) -> None:
         """Do what :meth:`check` does, if the run is not to commit without the lock."""
         if self.raises:
             self.check()
 
-    def keep(self) -> bool:
-        """Renew the lock in the background; return whether it is to be renewed again."""
-        before = monotonic()
-        try:
-            kept = self.store.renew(self)
-        except LocksUnavailable as error:
-            return self._keep_trying(error)
-        if kept:
-            self.renewed(before)
-        elif not self._over:
-            self._lose("somebody else has freed it, or it has run out")
-        return kept
+    def description(self) -> dict[str, Any]:
+        """Return what other processes are told of the holder; see :meth:`Holder.described_by`."""
+        return {"task": self.task, "id": self.id, "host": self.host, "pid": self.pid}
 
-    def _keep_trying(self, error: LocksUnavailable) -> bool:
-        now = monotonic()  # it may have taken long to fail
-        self._failing = True
-        if now >= self._good_until:
-            self.give_up()
+    def renewed(self, since: float) -> None:
+        """Count the timeout from ``since`` on, and renew the lock after a quarter of it."""
+        self._good_until = since + self.timeout
+        self._schedule(since + self.timeout / 4)
+
+    def _schedule(self, due: float) -> None:
+        if not self._ended:
+            self.due = due  # for Renewal, by the monotonic clock
+            self._renewing = False
+
+    def begin(self) -> bool:
+        """Begin to renew what is due; return false if it is to be given up instead.
+
+        A process that stood still has not asked yet, and may find that it still has the lock.
+        """
+        if self._ended or self._renewing:
             return False
-        log.warning("The lock %r could not be renewed: %s", self.key, error)
-        self._see_to_it(min(now + self.timeout / 16, self._good_until))
+        self._renewing = True
+        self.due = max(self._good_until, monotonic() + self.timeout / 4)
         return True
 
-    def failed(self) -> None:
-        """Take note that an error has come which nobody expects; it is tried again."""
-        self._see_to_it(monotonic() + self.timeout / 4)
+    def renew(self) -> bool:
+        """Renew the lock, beside its run; return whether it is to be renewed again."""
+        asked_at = monotonic()
+        try:
+            kept = self.store.renew(self)
+        except Exception as error:  # noqa: BLE001 - a lock that nobody renews is lost for any reason
+            return self._retry(error)
+        if kept:
+            self.renewed(asked_at)
+        elif not self._ended:
+            self._lose(_GONE)
+        return kept
+
+    def _retry(self, error: Exception) -> bool:
+        unexpected = not isinstance(error, LocksUnavailable)
+        in_time = monotonic() < self._good_until  # it may have taken long to fail
+        if in_time or unexpected:
+            text = "The lock %r could not be renewed: %s"
+            log.warning(text, self.key, error, exc_info=unexpected)
+        if in_time:
+            self.postpone()
+        else:
+            self.give_up()
+        return in_time
+
+    def postpone(self) -> None:
+        """Try to renew again soon: this try has failed."""
+        self._schedule(monotonic() + self.timeout / 16)
+
+    def give_up(self) -> None:
+        """Wait no longer for the store, which does not answer."""
+        if not self._ended:
+            self._lose(f"it could not be renewed for {self.timeout:g} seconds")
+        self.store.abandon(self)
+
+    def ending(self) -> None:
+        """Renew no more; what is due now is the end of the patience with the store."""
+        self._ended = True
+        self.due = monotonic() + min(self.timeout / 4, _PATIENCE)
 
     def end(self) -> None:
         """Give the lock back; the run is over, whatever happens here."""
-        self._over = True
+        self._ended = True
         try:
             released = self.store.release(self)
         except LocksUnavailable as error:
@@ -235,8 +268,96 @@ class Held:
         self.on_loss(self, reason)
 
 
-class MemoryStore:
-    """Keeps locks in this process: no other one sees them, and none outlives it."""
+class Renewal:
+    """One thread that keeps all the locks which runs of this process hold; it ends with the last.
+
+    It asks the store nothing itself, because that may not answer: each renewal is a short thread
+    of its own, so that one that waits delays neither the renewal of other locks nor the news of
+    its own loss. Where gevent or eventlet have patched the standard library, they are greenlets.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._condition = threading.Condition()
+        self._held: set[Held] = set()
+        self._thread: threading.Thread | None = None
+        self._wakes_at = 0.0
+
+    def add(self, held: Held) -> None:
+        """Renew a lock from now on."""
+        if self._pid != os.getpid():
+            self._reset()  # threads and their locks do not survive a fork
+        with self._condition:
+            self._held.add(held)
+            if self._thread is None:
+                thread = _thread(self._run)
+                thread.start()  # it may fail, and is to be tried again by the next run then
+                self._thread = thread
+            elif held.due < self._wakes_at:
+                self._condition.notify()
+
+    def end(self, held: Held) -> None:
+        """Give the lock of a run back, without waiting for ever for its store."""
+        with self._condition:
+            held.ending()
+            if held.due < self._wakes_at:
+                self._condition.notify()
+        try:
+            held.end()
+        finally:
+            self.remove(held)
+
+    def remove(self, held: Held) -> None:
+        """Renew it no more."""
+        with self._condition:
+            self._held.discard(held)
+
+    def _run(self) -> None:
+        while due := self._wait():
+            for held in due:
+                try:
+                    self._renew_or_give_up(held)
+                except Exception:  # no more threads, or what a subscriber does
+                    log.exception("The lock %r could not be renewed", held.key)
+                    held.postpone()
+
+    def _wait(self) -> list[Held]:
+        """Return what is due, as soon as something is; nothing if there is nothing to renew."""
+        with self._condition:
+            while self._held:
+                now = monotonic()
+                due = [held for held in self._held if held.due <= now]
+                if due:
+                    return due
+                self._wakes_at = min(held.due for held in self._held)
+                self._condition.wait(self._wakes_at - now)
+            self._thread = None
+            return []
+
+    def _renew_or_give_up(self, held: Held) -> None:
+        if held.begin():
+            _thread(self._renew, held).start()
+        else:
+            self.remove(held)
+            held.give_up()
+
+    def _renew(self, held: Held) -> None:
+        kept = held.renew()
+        with self._condition:
+            if not kept:
+                self._held.discard(held)
+            self._condition.notify()  # it is due at another time
+
+
+def _thread(target: Callable[..., None], *args: Held) -> threading.Thread:
+    return threading.Thread(target=target, args=args, name="ws_celery locks", daemon=True)
+
+
+class MemoryStore(LockStore):
+    """Keeps locks in this process: no other one sees them, and none outlives it or runs out."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -244,111 +365,35 @@ class MemoryStore:
         self._held: dict[str, tuple[Held, float]] = {}
 
     def acquire(self, held: Held) -> Holder | None:
-        """Take the lock, or return who has it."""
         with self._mutex:
-            other = self._held.get(held.key)
-            if other is not None:
-                return _holder(*other)
-            held.token = next(self._tokens)
-            self._held[held.key] = held, monotonic()
-            return None
+            if (other := self.holder_of(held.key)) is None:
+                held.token = next(self._tokens)
+                self._held[held.key] = held, monotonic()
+            return other
 
     def renew(self, held: Held) -> bool:
-        """Return whether it is still held: nothing runs out here."""
         return self._held.get(held.key, (None,))[0] is held
 
     def release(self, held: Held) -> bool:
-        """Give it back; return whether it still was held."""
         with self._mutex:
-            if not self.renew(held):
-                return False
-            del self._held[held.key]
-            return True
-
-    def abandon(self, held: Held) -> None:
-        """Do nothing: nobody waits here."""
+            return self.renew(held) and self._held.pop(held.key) is not None
 
     def holders(self) -> list[Holder]:
-        """Return who holds locks, in the order of their keys."""
         with self._mutex:
             return [_holder(*self._held[key]) for key in sorted(self._held)]
 
     def holder_of(self, key: str) -> Holder | None:
-        """Return who holds the lock of a key, if somebody does."""
         found = self._held.get(key)
         return None if found is None else _holder(*found)
 
     def free(self, holder: Holder) -> bool:
-        """Take the lock away from this holder; return whether he still had it."""
         with self._mutex:
-            found = self._held.get(holder.key)
-            if found is None or found[0].token != holder.token:
+            found = self.holder_of(holder.key)
+            if found is None or found.token != holder.token:
                 return False
             del self._held[holder.key]
             return True
 
-    def close(self) -> None:
-        """Do nothing: there is no connection."""
-
 
 def _holder(held: Held, since: float) -> Holder:
-    age = monotonic() - since
-    return Holder(held.key, held.token, held.task, held.id, held.host, held.pid, age)
-
-
-_REDIS = ("redis", "rediss", "sentinel", "valkey", "valkeys")
-
-
-def store_of(app: Any) -> Store:
-    """Return the store that ``ws_celery.locks`` names.
-
-    If it is not set: the Redis of the broker, else that of the results, else the database; this
-    process where the broker is ``memory://``.
-    """
-    conf = app.conf
-    wanted = our_setting(app.registry.settings, "ws_celery.locks", "auto")
-    if wanted == "auto":
-        wanted = _default(conf)
-    if wanted == "memory":
-        return MemoryStore()
-    if wanted == "database":
-        from ws_celery.locks.postgresql import PostgresqlStore  # needs SQLAlchemy
-
-        return PostgresqlStore(app)
-    if wanted == conf.result_backend:
-        options, ssl = conf.result_backend_transport_options, conf.redis_backend_use_ssl
-    else:
-        options, ssl = conf.broker_transport_options, conf.broker_use_ssl
-    return _redis_store(app, wanted, dict(options or {}), ssl)
-
-
-def _default(conf: Any) -> Any:
-    broker = conf.broker_write_url or conf.broker_url
-    for url in (broker, conf.result_backend):
-        if _is_redis(url):
-            return url
-    return "memory" if _scheme(broker) == "memory" else "database"
-
-
-def _redis_store(app: Any, url: str, options: dict[str, Any], ssl: Any) -> Store:
-    try:
-        from ws_celery.locks.redis_store import RedisStore
-    except ImportError as error:
-        raise ConfigurationError(
-            f"The locks are in Redis, and redis-py is missing ({error}). "
-            "Install `ws-celery[redis]`, or set `ws_celery.locks = database`."
-        ) from error
-    prefix = options.get("global_keyprefix", "")
-    for option in ("socket_connect_timeout", "socket_timeout"):
-        options.setdefault(option, app.publisher.timeout)
-    connection = Connection(url, transport_options=options, ssl=ssl or False)
-    return RedisStore(connection, prefix)
-
-
-def _is_redis(url: Any) -> bool:
-    return _scheme(url) in _REDIS
-
-
-def _scheme(url: Any) -> str:
-    first = url[0] if isinstance(url, (list, tuple)) and url else url
-    return str(first or "").partition("://")[0].partition("+")[0]
+    return Holder(held.key, held.token, age=monotonic() - since, **held.description())

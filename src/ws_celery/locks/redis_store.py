@@ -1,185 +1,166 @@
-"""Locks in Redis: a key with a time to live, which only its owner renews and deletes."""
+"""Locks in Redis: redis-py's ``Lock``, with a value that tells who holds it."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kombu import Connection
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import LockError, RedisError, ResponseError
 
 from ws_celery.exceptions import LocksUnavailable
-from ws_celery.locks.holding import Held, Holder
+from ws_celery.locks.holding import Held, Holder, LockStore
 from ws_celery.masking import masked_text
 
 if TYPE_CHECKING:
+    from redis.client import Pipeline
     from redis.commands.core import Script
+    from redis.lock import Lock
+
+    from ws_celery.app import PyramidCelery
 
 __all__ = ("RedisStore",)
 
-#: A lock that somebody else has made may be anything.
-_FIELD = """
-local function field(name)
-  return redis.call('TYPE', KEYS[1]).ok == 'hash' and redis.call('HGET', KEYS[1], name)
+#: Takes a lock that is free, and returns the value of whoever has it then; nothing if that is no
+#: text, because somebody else has made it. redis-py's own ``Lock.acquire`` cannot take a lock and
+#: give it a fencing token in one step. A second try of a call whose answer got lost finds its own
+#: lock. Tokens follow the clock, so that they grow on when Redis has lost its data, and are greater
+#: than the last one, so that they grow when the clock jumps back.
+#: KEYS: lock, last token. ARGV: what the holder tells of itself, milliseconds.
+_ACQUIRE = """
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  local time = redis.call('TIME')
+  local now = time[1] * 1000000 + time[2]
+  local last = tonumber(redis.call('MGET', KEYS[2])[1] or '0') or 0
+  local token = string.format('%.0f', math.max(last + 1, now))
+  local fields = string.format('{"token": %s, "since": %.0f, ', token, now)
+  redis.call('SET', KEYS[2], token)
+  redis.call('SET', KEYS[1], fields .. ARGV[1], 'PX', ARGV[2])
 end
+return redis.call('MGET', KEYS[1])[1]
 """
 
-#: KEYS: lock, index, last token. ARGV: owner, milliseconds, holder. A second try of a call whose
-#: answer got lost finds its own lock. Tokens follow the clock, so that they grow on when Redis has
-#: lost its data, and are greater than the last one, so that they grow when the clock jumps back.
-_ACQUIRE = (
-    _FIELD
-    + """
-if field('owner') == ARGV[1] then return {1, field('token'), false} end
-if redis.call('EXISTS', KEYS[1]) == 1 then return {0, field('token'), field('holder')} end
-local time = redis.call('TIME')
-local last = tonumber(redis.call('GET', KEYS[3]) or '0') or 0
-local token = string.format('%.0f', math.max(last + 1, time[1] * 1000000 + time[2]))
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('SET', KEYS[3], token)
-redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token, 'since', now, 'holder', ARGV[3])
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('ZADD', KEYS[2], now + ARGV[2], KEYS[1])
-return {1, token, false}
-"""
-)
-
-#: What has run out is taken off the index here, not by each run.
-_RENEW = (
-    _FIELD
-    + """
-if field('owner') ~= ARGV[1] then return 0 end
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('ZADD', KEYS[2], now + ARGV[2], KEYS[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-return 1
-"""
-)
-
-#: KEYS: lock, index. ARGV: owner.
-_RELEASE = (
-    _FIELD
-    + """
-if field('owner') ~= ARGV[1] then return 0 end
-redis.call('ZREM', KEYS[2], KEYS[1])
-return redis.call('DEL', KEYS[1])
-"""
-)
-
-#: KEYS: lock, index. ARGV: token; empty for a holder that nobody knows, who has none of ours.
-_FREE = (
-    _FIELD
-    + """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-local token = field('token') or ''
-if #token > 18 or not string.find(token, '^[1-9]%d*$') then token = '' end
-if token ~= ARGV[1] then return 0 end
-redis.call('ZREM', KEYS[2], KEYS[1])
-return redis.call('DEL', KEYS[1])
-"""
-)
-
-_WHOLE = re.compile(rb"[1-9][0-9]{0,17}")
-
-#: What a hash tells of its holder, and what each of it has to be.
-_TOLD = {"task": str, "id": str, "host": str, "pid": int}
+#: Answers of PTTL: if a key has no time to live, and if there is no such key.
+_FOR_EVER, _NO_KEY = -1, -2
 
 
-class RedisStore:
-    """Keeps each lock as a hash that expires, beside an index of all locks.
+class RedisStore(LockStore):
+    """Keeps each lock as a key that expires, which only its owner renews and deletes.
 
-    :param connection: a connection of kombu's, for its reading of URLs: Sentinel, TLS, sockets.
-    :param prefix: what the names of the keys begin with.
+    :param app: the Celery app, whose configuration has options for the connection.
+    :param url: of the Redis.
     """
 
-    def __init__(self, connection: Connection, prefix: str = "") -> None:
+    def __init__(self, app: PyramidCelery, url: str) -> None:
+        conf = app.conf
+        if url == conf.result_backend:
+            options, ssl = conf.result_backend_transport_options, conf.redis_backend_use_ssl
+        else:
+            options, ssl = conf.broker_transport_options, conf.broker_use_ssl
+        timeout = app.publisher.timeout
+        options = {"socket_connect_timeout": timeout, "socket_timeout": timeout, **(options or {})}
         # Kombu's default is ten connections; a pool of threads has more runs than that.
-        connection.transport_options["max_connections"] = 2**31
-        self._connection = connection
+        options["max_connections"] = 2**31
+        # Kombu reads URLs of Sentinel, TLS and sockets.
+        self._connection = Connection(url, transport_options=options, ssl=ssl or False)
+        prefix = options.get("global_keyprefix", "")
         self._prefix = f"{prefix}ws_celery:lock:"
-        self._index = f"{prefix}ws_celery:locks"
         self._last_token = f"{prefix}ws_celery:lock-token"
+        #: By owner.
+        self._locks: dict[str, Lock] = {}
 
     @cached_property
     def _client(self) -> Redis:
         return Redis(connection_pool=self._connection.channel().pool)
 
     @cached_property
-    def _scripts(self) -> dict[str, Script]:
-        texts = {"acquire": _ACQUIRE, "renew": _RENEW, "release": _RELEASE, "free": _FREE}
-        return {name: self._client.register_script(text) for name, text in texts.items()}
+    def _acquire(self) -> Script:
+        return self._client.register_script(_ACQUIRE)
 
     def acquire(self, held: Held) -> Holder | None:
-        """Take the lock, or return who has it."""
-        holder = json.dumps({name: getattr(held, name) for name in _TOLD})
-        keys = (self._name(held.key), self._index, self._last_token)
-        arguments = (held.owner, _ms(held), holder)
+        name = self._prefix + held.key
+        description = json.dumps({"owner": held.owner, **held.description()})[1:]
         with self._answering():
-            taken, token, found = self._scripts["acquire"](keys, arguments)
-        if taken:
-            held.token = int(token)
-            return None
-        return _holder(held.key, {b"token": token, b"holder": found})
+            arguments = (description, round(held.timeout * 1000))
+            value = self._acquire((name, self._last_token), arguments)
+            if value is None or not value.endswith(description.encode()):
+                return _holder(held.key, value)
+            # The thread that renews it is not the one that has taken it.
+            lock = self._client.lock(name, timeout=held.timeout, thread_local=False)
+        lock.local.token = value
+        held.token = json.loads(value)["token"]
+        self._locks[held.owner] = lock
+        return None
 
     def renew(self, held: Held) -> bool:
-        """Let it be held for another ``held.timeout`` seconds; return whether it still was."""
-        return self._call("renew", held.key, held.owner, _ms(held))
+        lock = self._locks.get(held.owner)
+        return lock is not None and self._is_owner(lock.reacquire)
 
     def release(self, held: Held) -> bool:
-        """Give it back; return whether it still was held."""
-        return self._call("release", held.key, held.owner)
+        lock = self._locks.pop(held.owner, None)
+        return lock is not None and self._is_owner(lock.release)
 
-    def free(self, holder: Holder) -> bool:
-        """Take the lock away from this holder; return whether he still had it."""
-        return self._call("free", holder.key, str(holder.token or ""))
-
-    def abandon(self, held: Held) -> None:
-        """Do nothing: the sockets have time limits."""
+    def _is_owner(self, change: Callable[[], object]) -> bool:
+        """Change a lock that its owner still has; return whether he has it."""
+        with self._answering():
+            try:
+                change()
+            except LockError:
+                return False
+            except ResponseError as error:
+                if "WRONGTYPE" in str(error):  # somebody else has overwritten it
+                    return False
+                raise
+        return True
 
     def holders(self) -> list[Holder]:
-        """Return who holds locks, in the order of their keys."""
+        # Searched for among all keys of the database: an index would be work for each run.
+        pattern = re.sub(r"[*?\[\]\\]", r"\\\g<0>", self._prefix) + "*"
         with self._answering():
-            names: Any = self._client.zrange(self._index, 0, -1)
+            names = {*self._client.scan_iter(pattern, count=1000)}
         keys = sorted(name.decode(errors="replace").removeprefix(self._prefix) for name in names)
         return [holder for holder in self._holders(keys) if holder is not None]
 
     def holder_of(self, key: str) -> Holder | None:
-        """Return who holds the lock of a key, if somebody does."""
         return self._holders([key])[0]
 
     def _holders(self, keys: Sequence[str]) -> list[Holder | None]:
-        with self._answering(), self._client.pipeline(transaction=False) as pipeline:
+        names = [self._prefix + key for key in keys]
+        with self._answering(), self._client.pipeline() as pipeline:
             pipeline.time()
-            for key in keys:
-                pipeline.hgetall(self._name(key))
-                pipeline.pttl(self._name(key))
-            answers = pipeline.execute(raise_on_error=False)
-            (seconds, micros), *answers = map(_told_or_raised, answers)
-        now = seconds * 1000 + micros // 1000
+            for name in names:
+                pipeline.mget(name)
+                pipeline.pttl(name)
+            (seconds, micros), *answers = pipeline.execute()
+        now = seconds * 1_000_000 + micros
         return [
-            None if fields == {} else _holder(key, fields or {}, now, left)
-            for key, fields, left in zip(keys, answers[::2], answers[1::2], strict=True)
+            None if left == _NO_KEY else _holder(key, value, now, left)
+            for key, (value,), left in zip(keys, answers[::2], answers[1::2], strict=True)
         ]
 
+    def free(self, holder: Holder) -> bool:
+        name = self._prefix + holder.key
+
+        def delete(pipeline: Pipeline) -> None:
+            (value,) = pipeline.mget(name)
+            pipeline.multi()
+            if _holder(holder.key, value).token == holder.token:
+                pipeline.delete(name)
+
+        with self._answering():
+            deleted = self._client.transaction(delete, name)
+        return any(deleted or ())
+
     def close(self) -> None:
-        """Close the connections."""
         if "_client" in vars(self):
             self._client.connection_pool.disconnect()
             self._connection.close()
-
-    def _name(self, key: str) -> str:
-        return self._prefix + key
-
-    def _call(self, script: str, key: str, *arguments: Any) -> bool:
-        with self._answering():
-            return bool(self._scripts[script]((self._name(key), self._index), arguments))
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -189,44 +170,8 @@ class RedisStore:
             raise LocksUnavailable(f"Redis: {masked_text(str(error))}") from error
 
 
-def _ms(held: Held) -> int:
-    return round(held.timeout * 1000)
-
-
-def _told_or_raised(answer: Any) -> Any:
-    """Return an answer; ``None`` for the fields of what has none, because it is no hash."""
-    if not isinstance(answer, Exception):
-        return answer
-    if "WRONGTYPE" in str(answer):
-        return None
-    raise answer
-
-
 def _holder(
-    key: str,
-    fields: Mapping[bytes, bytes | None],
-    now: int | None = None,
-    left: int | None = None,
+    key: str, value: bytes | str | None, now: int | None = None, left: int = _FOR_EVER
 ) -> Holder:
-    token, since = _whole(fields.get(b"token")), _whole(fields.get(b"since"))
-    return Holder(
-        key,
-        token,
-        **_told(fields.get(b"holder")),
-        age=None if now is None or since is None else (now - since) / 1000,
-        time_left=None if left is None or left < 0 else left / 1000,
-    )
-
-
-def _whole(text: bytes | None) -> int | None:
-    return int(text) if text and _WHOLE.fullmatch(text) else None
-
-
-def _told(text: bytes | None) -> dict[str, Any]:
-    """Return what is known of a holder: a lock may be made by somebody else, in any way."""
-    told: Any = None
-    with suppress(ValueError):
-        told = json.loads(text or b"null")
-    if not isinstance(told, dict):
-        return {}
-    return {name: told[name] for name, kind in _TOLD.items() if isinstance(told.get(name), kind)}
+    found = Holder.described_by(value, now) or Holder(key)
+    return replace(found, key=key, time_left=None if left < 0 else left / 1000)
