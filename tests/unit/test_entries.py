@@ -11,8 +11,7 @@ from celery import signature
 from celery.schedules import crontab, schedule
 from kombu import Queue
 
-from ws_celery.beat.entries import Known
-from ws_celery.beat.sources import check_fields, merge
+from ws_celery.beat.entries import Known, check_fields, merge
 from ws_celery.converters import Refused
 from ws_celery.schedules import Clocked, ZonedCrontab, describe, parse_schedule, text_of_schedule
 from ws_celery.settings import celery_settings, read_configuration
@@ -190,8 +189,8 @@ def test_whatever_a_conversion_raises_is_the_problem_of_its_entry(monkeypatch):
     def fail(*_, **__):
         raise LookupError("unheard of")
 
-    monkeypatch.setattr("ws_celery.beat.sources.parse_schedule", fail)
-    monkeypatch.setattr("ws_celery.beat.sources.accept_options", fail)
+    monkeypatch.setattr("ws_celery.beat.entries.parse_schedule", fail)
+    monkeypatch.setattr("ws_celery.beat.entries.accept_options", fail)
     entry = merged(ini=HOURLY, options={"queue": "q"})
 
     assert entry.problem == (

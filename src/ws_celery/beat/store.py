@@ -1,4 +1,4 @@
-"""The schedule in the database: what was edited, and who sends which tick.
+"""The schedule in the database: what was edited, and which ticks were sent.
 
 Each method takes a connection, and works in its transaction; those that people call make a
 transaction of their own without.
@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import selectors
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     Column,
     Connection,
     Engine,
     Float,
+    Insert,
     Integer,
     MetaData,
+    Row,
     String,
     Table,
     bindparam,
@@ -49,10 +51,12 @@ from ws_celery.masking import logger_of
 from ws_celery.outbox.store import Database
 from ws_celery.outbox.tables import LongText, Time, aware, seconds_from_now
 
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
 __all__ = (
     "Listener",
     "Locked",
-    "Revision",
     "Store",
     "schedule_table",
 )
@@ -93,68 +97,6 @@ def schedule_table(name: str = "ws_celery_schedule", metadata: MetaData | None =
     )
 
 
-class Listener:
-    """Listens to NOTIFY, on a connection of its own.
-
-    :param store: the schedule in the database.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._connection: Any = None
-        self._driver: Any = None
-
-    def open(self) -> None:
-        """Begin to listen, unless it does; nothing happens where the database cannot tell."""
-        engine = self._store.engine
-        if self._connection is not None or engine.dialect.name != "postgresql":
-            return
-        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        driver = connection.connection.driver_connection
-        if not hasattr(driver, "fileno"):
-            connection.close()  # a driver whose socket cannot be waited for
-            return
-        connection.execute(text(f'LISTEN "{self._store.channel}"'))
-        self._connection, self._driver = connection, driver
-
-    def wait(self, seconds: float) -> bool:
-        """Wait so long, or until an edit; return whether there was one."""
-        if self._connection is None:
-            time.sleep(seconds)
-            return False
-        try:
-            with selectors.DefaultSelector() as selector:  # select() takes no descriptor above 1023
-                selector.register(self._driver.fileno(), selectors.EVENT_READ)
-                ready = selector.select(seconds)
-            if ready:
-                self._connection.execute(text("SELECT 1"))  # takes what has come off the socket
-        except Exception as error:  # noqa: BLE001  whatever a driver raises: it is opened anew
-            log.debug("Listening has ended: %s", error)
-            self.close()
-            return True
-        return bool(ready)
-
-    def close(self) -> None:
-        """Stop listening."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.invalidate()  # it listens: not for the pool
-            connection.close()
-
-
-class Revision(NamedTuple):
-    """Tells one state of what was edited from another.
-
-    :param rows: how many entries are known.
-    :param versions: the sum of their versions.
-    :param changed_at: the time of the last edit.
-    """
-
-    rows: int
-    versions: int
-    changed_at: datetime | None
-
-
 class Locked(NamedTuple):
     """Entries that nobody else can claim now.
 
@@ -179,7 +121,7 @@ class Store(Database):
     unavailable = ScheduleUnavailable
     unreachable = ScheduleUnreachable
 
-    def __init__(self, app: Any, table: str = "ws_celery_schedule") -> None:
+    def __init__(self, app: PyramidCelery, table: str = "ws_celery_schedule") -> None:
         super().__init__(app, schedule_table(table))
         self._now = seconds_from_now(literal(0.0, Float))
 
@@ -189,6 +131,10 @@ class Store(Database):
         outbox = self.app.outbox
         engine: Engine = super().engine if outbox is None else outbox.engine
         return engine
+
+    def listener(self) -> Listener:
+        """Return what waits for an edit; it does not listen yet."""
+        return Listener(self)
 
     @property
     def channel(self) -> str:
@@ -203,14 +149,14 @@ class Store(Database):
             rows = own.execute(select_(self.table).order_by(self.table.c.name))
             return {row.name: _known(row) for row in rows}
 
-    def revision(self, connection: Connection) -> tuple[Revision, datetime]:
-        """Return which edits there are, and the time by the database's clock."""
+    def revision(self, connection: Connection) -> tuple[Hashable, datetime]:
+        """Return what tells this state of the edits from others, and the database's time."""
         columns = self.table.c
         found = select_(
             func.count(), func.sum(columns.version), func.max(columns.changed_at), self._now
         ).select_from(self.table)
         rows, versions, changed_at, now = connection.execute(found).one()
-        return Revision(rows, int(versions or 0), changed_at), aware(now)
+        return (rows, versions, changed_at), aware(now)
 
     def now(self, connection: Connection | None = None) -> datetime:
         """Return the time by the database's clock."""
@@ -236,14 +182,6 @@ class Store(Database):
             edited = {**self._edited(own, name, origin), **fields}
             left = {key: value for key, value in edited.items() if value is not None}
             self._change(own, name, fields=json.dumps(left) if left else None)
-
-    def enable(self, name: str, **options: Any) -> None:
-        """Switch an entry on; see :meth:`save`."""
-        self.save(name, enabled=True, **options)
-
-    def disable(self, name: str, **options: Any) -> None:
-        """Switch an entry off; see :meth:`save`."""
-        self.save(name, enabled=False, **options)
 
     def request_run(
         self, name: str, *, origin: str = "database", connection: Connection | None = None
@@ -319,7 +257,9 @@ class Store(Database):
         columns = self.table.c
         found = select_(self.table).where(columns.name.in_(list(names)))
         rows = connection.execute(found.with_for_update(skip_locked=True)).all()
-        return Locked(self.now(connection), {row.name: _known(row) for row in rows})
+        now = connection.execute(select_(self._now)).scalar_one()
+        known = {row.name: _known(row) for row in rows}
+        return Locked(aware(now), known)
 
     def advance(self, connection: Connection, ticks: Sequence[Mapping[str, Any]]) -> None:
         """Store the last ticks of entries that are locked.
@@ -339,7 +279,7 @@ class Store(Database):
             connection.execute(statement, ticks)
 
 
-def _insert_missing(table: Any, connection: Connection) -> Any:
+def _insert_missing(table: Table, connection: Connection) -> Insert:
     """Return the statement that inserts rows, and does nothing to those that are there."""
     dialect = connection.dialect.name
     if dialect == "postgresql":
@@ -351,7 +291,7 @@ def _insert_missing(table: Any, connection: Connection) -> Any:
     return insert(table)
 
 
-def _known(row: Any) -> Known:
+def _known(row: Row[Any]) -> Known:
     fields, problem = _fields(row.fields)
     return Known(
         name=row.name,
@@ -376,3 +316,52 @@ def _fields(text: str | None) -> tuple[dict[str, Any], str | None]:
     if not isinstance(found, dict):
         return {}, "fields in the database are no JSON object"
     return found, None
+
+
+class Listener:
+    """Listens to NOTIFY, on a connection of its own.
+
+    :param store: the schedule in the database.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._connection: Any = None
+        self._driver: Any = None
+
+    def open(self) -> None:
+        """Begin to listen, unless it does; nothing happens where the database cannot tell."""
+        engine = self._store.engine
+        if self._connection is not None or engine.dialect.name != "postgresql":
+            return
+        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        driver = connection.connection.driver_connection
+        if not hasattr(driver, "fileno"):
+            connection.close()  # a driver whose socket cannot be waited for
+            return
+        connection.execute(text(f'LISTEN "{self._store.channel}"'))
+        self._connection, self._driver = connection, driver
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, or until an edit; return whether there was one."""
+        if self._connection is None:
+            time.sleep(seconds)
+            return False
+        try:
+            with selectors.DefaultSelector() as selector:  # select() takes no descriptor above 1023
+                selector.register(self._driver.fileno(), selectors.EVENT_READ)
+                ready = selector.select(seconds)
+            if ready:
+                self._connection.execute(text("SELECT 1"))  # takes what has come off the socket
+        except Exception as error:  # noqa: BLE001  whatever a driver raises: it is opened anew
+            log.debug("Listening has ended: %s", error)
+            self.close()
+            return True
+        return bool(ready)
+
+    def close(self) -> None:
+        """Stop listening."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.invalidate()  # it listens: not for the pool
+            connection.close()

@@ -14,8 +14,7 @@ from kombu.serialization import prepare_accept_content
 from kombu.serialization import registry as serializers
 from pyramid.settings import asbool
 
-from ws_celery.beat.entries import problem_of_queue
-from ws_celery.beat.sources import entries_of, problems_of_sources
+from ws_celery.beat.sources import entries_of, problem_of_queue, problems_of_sources
 from ws_celery.checks.code import engines_of_modules, modules_of, places_that_read_results
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding
 from ws_celery.embedded import SCHEME, EmbeddedBroker

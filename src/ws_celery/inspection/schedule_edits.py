@@ -14,8 +14,8 @@ from datetime import datetime
 from typing import Any
 
 from ws_celery.app import get_celery_app
-from ws_celery.beat.entries import FIELDS, TIMING, Entry, Known, problem_of_name
-from ws_celery.beat.sources import check_fields, entries_of, entry_of
+from ws_celery.beat.entries import FIELDS, TIMING, Entry, Known, check_fields, problem_of_name
+from ws_celery.beat.sources import entries_of, entry_of
 from ws_celery.beat.ticks import next_tick
 from ws_celery.converters import Refused, nearest
 from ws_celery.exceptions import EntryRefused, NoSuchEntry, ScheduleNotOn
@@ -93,7 +93,8 @@ def disable_schedule_entry(source: Any, name: str) -> None:
         entry = edit.find(name)
         edit.refuse_unreadable(name)
         # Not by save(): what beat sets aside can be switched off, too.
-        edit.store.disable(name, origin=edit.origin(name, entry), connection=edit.connection)
+        origin = edit.origin(name, entry)
+        edit.store.save(name, origin=origin, connection=edit.connection, enabled=False)
 
 
 def remove_schedule_entry(source: Any, name: str) -> None:
