@@ -588,16 +588,23 @@ def demoted(start_broker, tmp_path):
 
 @pytest.mark.parametrize("broker", ["nowhere", "demoted"])
 def test_without_an_outbox_no_tick_is_claimed_while_the_broker_is_known_to_be_down(
-    make_schedule, postgres, beat_of, caplog, request, broker
+    make_schedule, postgres, beat_of, caplog, monkeypatch, request, broker
 ):
     url = NOWHERE if broker == "nowhere" else request.getfixturevalue(broker)
     app = make_schedule(postgres, work, broker=url).celery
     app.schedule.save("e", **EVERY_SECOND)
+    declare_all, asked = app.publisher.declare_all, []
+
+    def count():
+        asked.append(time.monotonic())
+        declare_all()
+
+    monkeypatch.setattr(app.publisher, "declare_all", count)
 
     beat_of(app)
     wait_for(lambda: "has failed, and is tried again" in caplog.text)
     claimed = app.schedule.load()["e"].last_run_at
-    time.sleep(2)  # two more ticks, which must not be claimed
+    wait_for(lambda: asked and asked[-1] - asked[0] > 2)  # for more ticks, which wait for it
 
     assert app.schedule.load()["e"].last_run_at == claimed
 

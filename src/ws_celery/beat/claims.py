@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from celery import states
 from celery.backends.base import DisabledBackend
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __all__ = (
     "ENTRY_HEADER",
     "TICK_HEADER",
+    "Claim",
     "Claims",
-    "Outcome",
     "is_unfinished",
     "why_end_is_unknown",
 )
@@ -41,47 +41,36 @@ log = logger_of(__name__)
 ENTRY_HEADER, TICK_HEADER = "ws_celery_entry", "ws_celery_tick"
 
 
-class Outcome(NamedTuple):
-    """What one transaction has done.
-
-    :param last: the last tick of each entry; those that another beat holds are missing.
-    :param sent: how many tasks were sent.
-    :param failed: what entries have raised that cannot tell which tick is due.
-    :param wanted: entries that are to be run as soon as their last run is finished.
-    """
-
-    last: dict[str, datetime | None]
-    sent: int
-    failed: dict[str, Exception]
-    wanted: set[str]
-
-
 @dataclass
-class _Claim:
-    """One entry that this beat has locked.
+class Claim:
+    """One entry that this beat has locked, and what is to become of it.
 
     :param entry: the entry.
     :param known: what the database knows of it.
-    :param tick: what is sent, if anything is.
     :param last: what is stored as the last tick.
     :param task_id: the id of the task that was sent last.
     :param sent_at: when that was.
-    :param waits: whether somebody wants it to be run now, and its last run is not finished.
+    :param tick: what is sent, if anything is.
+    :param waits: whether it was requested to run now, and its last run is not finished.
+    :param error: what its schedule has raised.
     """
 
     entry: Entry
     known: Known
-    tick: datetime | None
     last: datetime | None
     task_id: str | None
     sent_at: datetime | None
+    tick: datetime | None = None
     waits: bool = False
+    error: Exception | None = None
 
     @property
     def is_new(self) -> bool:
         """Whether it has to be stored."""
-        wanted = self.known.run_requested_at is not None and not self.waits
-        return wanted or self.known.seen_at is None or self.last != self.known.last_run_at
+        if self.error is not None:
+            return False
+        requested = self.known.run_requested_at is not None and not self.waits
+        return requested or self.known.seen_at is None or self.last != self.known.last_run_at
 
     @property
     def row(self) -> dict[str, Any]:
@@ -93,6 +82,19 @@ class _Claim:
             "sent_at": self.sent_at,
             "run_requested_at": self.known.run_requested_at if self.waits else None,
         }
+
+
+def _claim(entry: Entry, known: Known, now: datetime, ready: datetime | None) -> Claim:
+    claim = Claim(entry, known, known.last_run_at, known.task_id, known.sent_at)
+    try:
+        if entry.ticks:
+            claim.tick, claim.last = due_tick(entry, claim.last, now, ready)
+    except Exception as error:  # noqa: BLE001 - one schedule must not stop the others
+        claim.error = error
+    else:
+        if known.run_requested_at is not None and claim.tick is None:
+            claim.tick = now
+    return claim
 
 
 class Claims:
@@ -116,25 +118,22 @@ class Claims:
 
     def send(
         self, entries: Mapping[str, Entry], names: Iterable[str], ready: Mapping[str, datetime]
-    ) -> Outcome:
+    ) -> dict[str, Claim]:
         """Send what is due of these entries.
 
         :param ready: since when this beat has waited for their ticks.
+        :return: what was claimed, by name; entries that another beat has locked are missing.
         :raises Exception: if the database or, without an outbox, the broker does not answer.
         """
         self._check_broker()
         publications: list[Publication] = []
-        claims: list[_Claim] = []
-        failed: dict[str, Exception] = {}
         with self._store.begin() as connection:
             now, known = self._store.lock(connection, names)
-            for name, each in known.items():
-                if name not in entries:
-                    continue  # a collation that ignores case finds rows of other names, too
-                try:
-                    claims.append(_claim(entries[name], each, now, ready.get(name)))
-                except Exception as error:  # noqa: BLE001 - one schedule must not stop the others
-                    failed[name] = error
+            claims = [
+                _claim(entries[name], each, now, ready.get(name))
+                for name, each in known.items()
+                if name in entries  # a collation that ignores case finds rows of other names, too
+            ]
             self._drop_overlapping(connection, claims, now)
             for claim in claims:
                 publications += self._record(claim, now)
@@ -142,12 +141,7 @@ class Claims:
             if self._outbox is not None:
                 self._outbox.keep(connection, publications)
         self._publish(publications)
-        return Outcome(
-            last={claim.entry.name: claim.last for claim in claims},
-            sent=sum(claim.tick is not None for claim in claims),
-            failed=failed,
-            wanted={claim.entry.name for claim in claims if claim.waits},
-        )
+        return {claim.entry.name: claim for claim in claims}
 
     def _check_broker(self) -> None:
         # Before the next ticks are claimed: they wait for it, and are caught up as entries say.
@@ -157,7 +151,7 @@ class Claims:
             self._broker_failed = False
 
     def _drop_overlapping(
-        self, connection: Connection, claims: Iterable[_Claim], now: datetime
+        self, connection: Connection, claims: Iterable[Claim], now: datetime
     ) -> None:
         """Take back the ticks of entries that are not to overlap, and whose last run goes on."""
         asked = [
@@ -174,11 +168,11 @@ class Claims:
                 unfinished = self._is_unfinished(claim, now)
             if unfinished:
                 claim.waits = claim.known.run_requested_at is not None
-                level = logging.DEBUG if claim.waits else logging.INFO  # it is asked every second
+                level = logging.DEBUG if claim.waits else logging.INFO  # that is every second
                 log.log(level, "%s is not sent: its last run is not finished", claim.entry.name)
                 claim.tick = None
 
-    def _is_unfinished(self, claim: _Claim, now: datetime) -> bool:
+    def _is_unfinished(self, claim: Claim, now: datetime) -> bool:
         if monotonic() < self._ask_results_at:
             return True
         since = claim.known.sent_at or claim.known.last_run_at or now
@@ -191,7 +185,7 @@ class Claims:
         self._results.works()
         return unfinished
 
-    def _record(self, claim: _Claim, now: datetime) -> list[Publication]:
+    def _record(self, claim: Claim, now: datetime) -> list[Publication]:
         if claim.tick is None:
             return []
         entry = claim.entry
@@ -215,15 +209,6 @@ class Claims:
         self._broker_failed = True
         self._app.publisher.flush(publications)
         self._broker_failed = False
-
-
-def _claim(entry: Entry, known: Known, now: datetime, ready: datetime | None) -> _Claim:
-    tick, last = None, known.last_run_at
-    if entry.ticks:
-        tick, last = due_tick(entry, last, now, ready)
-    if known.run_requested_at is not None and tick is None:
-        tick = now
-    return _Claim(entry, known, tick, last, known.task_id, known.sent_at)
 
 
 def _recorded(app: PyramidCelery, entry: Entry, tick: datetime) -> tuple[str, list[Publication]]:
@@ -258,7 +243,7 @@ _ENDED = states.READY_STATES | {SKIPPED}
 
 
 def why_end_is_unknown(app: PyramidCelery, entry: Entry) -> str | None:
-    """Return why nothing can tell when the task of an entry has ended; ``None`` if something can.
+    """Return why it cannot be known when the task of an entry has ended; ``None`` if it can.
 
     :param entry: its task is one of the application's.
     """

@@ -176,7 +176,7 @@ class Entry:
         return self.text if self.schedule is None else describe(self.schedule)
 
     def as_fields(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them, without those that say nothing."""
+        """Return the fields as JSON has them, without those that have their default."""
         needed, default = ("task", "type", "schedule"), Entry("", "", None).values
         return {
             name: value
@@ -186,7 +186,7 @@ class Entry:
 
     @property
     def values(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
+        """All fields, as JSON has them."""
         return {
             "task": self.task,
             "type": self.type,

@@ -1,4 +1,4 @@
-"""The schedulers of beat, and the file in which they tell a probe that they are alive.
+"""The schedulers of beat, and the health file that they write for probes.
 
 With the schedule in the database any number of beats may run, none leads, and edits are seen while
 they run. Without it, beat is Celery's own persistent scheduler.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import beat
 
-from ws_celery.beat.claims import Claims, Outcome
+from ws_celery.beat.claims import Claim, Claims
 from ws_celery.beat.sources import check_sources, entries_of, entry_of, install
 from ws_celery.beat.ticks import due_tick, next_tick
 from ws_celery.masking import logger_of
@@ -45,11 +45,11 @@ BATCH = 1000
 #: Seconds between two rounds: what is due at about the same time is claimed together. There is no
 #: pause while more is due than one transaction claims.
 ROUND = 0.5
-#: Seconds until an entry that another beat holds is looked at again.
-HELD = 0.3
-#: Seconds until an entry is asked again that could not tell its next tick.
-AGAIN = 60
-#: Seconds until an entry that is wanted now is looked at again while its last run is unfinished.
+#: Seconds until an entry that another beat has locked is looked at again.
+LOCKED = 0.3
+#: Seconds until an entry whose schedule has raised an error is looked at again.
+BROKEN = 60
+#: Seconds until a requested run is looked at again while the last run is unfinished.
 UNFINISHED = 1.0
 #: Seconds between two looks at everything: an edit by hand may not have counted its version.
 EVERYTHING = 60.0
@@ -118,20 +118,20 @@ class DatabaseScheduler(beat.Scheduler):
             if monotonic() >= self._round_at:
                 self._send_due()
             wait = self._until_next()
-            self._health.write(len(self._agenda), self._agenda.overdue(self._time() - OVERDUE))
+            self._health.heartbeat(len(self._agenda), self._agenda.overdue(self._time() - OVERDUE))
             self._service.works()
         except Exception as error:  # noqa: BLE001  whatever the database or the broker raises
-            self._begin_anew()
+            self._forget_time()
             wait = self._service.failed(error)
         asleep = monotonic()
         if self._listener.wait(min(max(wait, 0.0), LONGEST, self.max_interval)):
             self._look_at = 0.0
         if monotonic() - asleep > LONGEST + STOOD_STILL:
-            self._begin_anew()
+            self._forget_time()
         return 0.0
 
-    def _begin_anew(self) -> None:
-        # The time is not known any more, and it was not there for what was due meanwhile.
+    def _forget_time(self) -> None:
+        # The time is unknown, and what was due meanwhile was missed: all entries are planned again.
         self._revision = self._ahead = None
         self._look_at = 0.0
 
@@ -184,7 +184,7 @@ class DatabaseScheduler(beat.Scheduler):
             self._plan(name, partial(self._first_look, name, now))
 
     def _merge_edited(self, known: dict[str, Known]) -> list[str]:
-        """Merge anew what was edited; return the names."""
+        """Merge those entries again that were edited; return their names."""
         names = {*known, *self._known}
         changed = [name for name in names if _edit(known.get(name)) != _edit(self._known.get(name))]
         for name in changed:
@@ -211,23 +211,23 @@ class DatabaseScheduler(beat.Scheduler):
         unseen = known is None or known.seen_at is None
         return now if tick is not None or kept != last or unseen else next_tick(entry, kept)
 
-    def _plan(self, name: str, tell: Callable[[], datetime | None]) -> None:
-        """Put an entry on the agenda for the time that ``tell`` returns."""
+    def _plan(self, name: str, next_look: Callable[[], datetime | None]) -> None:
+        """Put an entry on the agenda for the time that ``next_look`` returns."""
         try:
-            time = tell()
+            time = next_look()
         except Exception as error:  # noqa: BLE001 - one schedule must not stop the others
-            self._put_off(name, error)
+            self._postpone(name, error)
         else:
             self._agenda.put(name, None if time is None else time.timestamp())
 
-    def _put_off(self, name: str, error: Exception) -> None:
+    def _postpone(self, name: str, error: Exception) -> None:
         log.error(
             "The entry %s cannot tell its next tick, and is asked again in %d s; others can: %r",
             name,
-            AGAIN,
+            BROKEN,
             error,
         )
-        self._agenda.put(name, self._time() + AGAIN)
+        self._agenda.put(name, self._time() + BROKEN)
 
     # What is due
 
@@ -237,21 +237,21 @@ class DatabaseScheduler(beat.Scheduler):
             return
         if len(names) < BATCH:
             self._round_at = monotonic() + ROUND
-        outcome = self._claims.send(self._entries, names, self._ready)
+        claims = self._claims.send(self._entries, names, self._ready)
         for name in names:
-            self._plan_after(name, outcome)
-        if outcome.sent:
+            self._plan_after(name, claims.get(name))
+        if any(claim.tick for claim in claims.values()):
             self._health.ticked()
 
-    def _plan_after(self, name: str, outcome: Outcome) -> None:
-        if name in outcome.failed:
-            self._put_off(name, outcome.failed[name])
-        elif name not in outcome.last:
-            self._agenda.put(name, self._time() + HELD)
-        elif name in outcome.wanted:
+    def _plan_after(self, name: str, claim: Claim | None) -> None:
+        if claim is None:
+            self._agenda.put(name, self._time() + LOCKED)
+        elif claim.error is not None:
+            self._postpone(name, claim.error)
+        elif claim.waits:
             self._agenda.put(name, self._time() + UNFINISHED)
         else:
-            self._plan(name, partial(_following, self._entries[name], outcome.last[name]))
+            self._plan(name, partial(_following, claim.entry, claim.last))
 
 
 def _following(entry: Entry, last: datetime | None) -> datetime | None:
@@ -325,7 +325,7 @@ class Agenda:
 class FileScheduler(beat.PersistentScheduler):
     """Celery's persistent scheduler as it is, where the schedule is not in the database.
 
-    It gets what code and INI say, and tells a probe that it is alive.
+    It gets the entries of code and INI, and writes the health file.
 
     :param app: the Celery app.
 
@@ -352,7 +352,7 @@ class FileScheduler(beat.PersistentScheduler):
     def tick(self, *args: Any, **options: Any) -> float:
         """Send what is due; returns how many seconds to wait."""
         seconds: float = super().tick(*args, **options)
-        self._health.write(len(self.schedule), 0)
+        self._health.heartbeat(len(self.schedule), 0)
         return seconds if self.app.beat_health_file is None else min(seconds, LONGEST)
 
     def apply_async(self, *args: Any, **options: Any) -> AsyncResult:
@@ -384,8 +384,8 @@ class HealthFile:
         """Remember that a tick was sent now."""
         self._last_tick = datetime.now(timezone.utc)
 
-    def write(self, entries: int, overdue: int) -> None:
-        """Write that beat is alive.
+    def heartbeat(self, entries: int, overdue: int) -> None:
+        """Write that beat is alive, unless that was written a moment ago.
 
         :param entries: how many entries tick.
         :param overdue: how many of them should have been sent already.

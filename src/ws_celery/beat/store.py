@@ -98,10 +98,10 @@ def schedule_table(name: str = "ws_celery_schedule", metadata: MetaData | None =
 
 
 class Locked(NamedTuple):
-    """Entries that nobody else can claim now.
+    """Entries that no other beat can claim now.
 
     :param now: the time, by the database's clock.
-    :param known: what is known of them; those that another beat holds are missing.
+    :param known: what is known of them; those that another beat has locked are missing.
     """
 
     now: datetime
@@ -150,7 +150,7 @@ class Store(Database):
             return {row.name: _known(row) for row in rows}
 
     def revision(self, connection: Connection) -> tuple[Hashable, datetime]:
-        """Return what tells this state of the edits from others, and the database's time."""
+        """Return what changes with each edit, and the time by the database's clock."""
         columns = self.table.c
         found = select_(
             func.count(), func.sum(columns.version), func.max(columns.changed_at), self._now
@@ -330,7 +330,7 @@ class Listener:
         self._driver: Any = None
 
     def open(self) -> None:
-        """Begin to listen, unless it does; nothing happens where the database cannot tell."""
+        """Begin to listen, unless it does; only PostgreSQL can notify."""
         engine = self._store.engine
         if self._connection is not None or engine.dialect.name != "postgresql":
             return

@@ -10,15 +10,27 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ws_celery.app import get_celery_app
-from ws_celery.beat.entries import FIELDS, TIMING, Entry, Known, check_fields, problem_of_name
+from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.beat.entries import (
+    FIELDS,
+    TIMING,
+    Entry,
+    Known,
+    check_fields,
+    problem_of_name,
+    unknown_field,
+)
 from ws_celery.beat.sources import entries_of, entry_of
 from ws_celery.beat.ticks import next_tick
-from ws_celery.converters import Refused, nearest
+from ws_celery.converters import Refused
 from ws_celery.exceptions import EntryRefused, NoSuchEntry, ScheduleNotOn
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from ws_celery.beat.store import Store
 
 __all__ = (
     "Editing",
@@ -40,7 +52,7 @@ __all__ = (
 _WHERE = {"code": "the application's code", "ini": "the INI file", "database": "the database"}
 
 
-def add_schedule_entry(source: Any, name: str, fields: Mapping[str, Any]) -> None:
+def add_schedule_entry(source: object, name: str, fields: Mapping[str, Any]) -> None:
     """Add an entry to the schedule.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
@@ -62,7 +74,7 @@ def add_schedule_entry(source: Any, name: str, fields: Mapping[str, Any]) -> Non
 
 
 def edit_schedule_entry(
-    source: Any, name: str, fields: Mapping[str, Any], reset: Iterable[str] = ()
+    source: object, name: str, fields: Mapping[str, Any], reset: Iterable[str] = ()
 ) -> None:
     """Change fields of an entry, wherever it comes from.
 
@@ -77,14 +89,14 @@ def edit_schedule_entry(
         edit.save(name, {**dict.fromkeys(_whole_reset(name, reset)), **given})
 
 
-def enable_schedule_entry(source: Any, name: str) -> None:
+def enable_schedule_entry(source: object, name: str) -> None:
     """Switch an entry on; what it has missed meanwhile is not caught up with."""
     with editing(source) as edit:
         _refuse_unfit(edit.find(name))
         edit.save(name, {"enabled": None if edit.is_enabled_by_others(name) else True})
 
 
-def disable_schedule_entry(source: Any, name: str) -> None:
+def disable_schedule_entry(source: object, name: str) -> None:
     """Switch an entry off: it has no ticks until it is switched on.
 
     :raises EntryRefused: if what the database says of it cannot be read: it would be lost.
@@ -97,7 +109,7 @@ def disable_schedule_entry(source: Any, name: str) -> None:
         edit.store.save(name, origin=origin, connection=edit.connection, enabled=False)
 
 
-def remove_schedule_entry(source: Any, name: str) -> None:
+def remove_schedule_entry(source: object, name: str) -> None:
     """Delete an entry of the database, or what was edited of another one.
 
     :raises EntryRefused: if there is nothing of it in the database.
@@ -116,7 +128,7 @@ def remove_schedule_entry(source: Any, name: str) -> None:
             edit.store.restart(name, known.origin, edit.connection)
 
 
-def run_schedule_entry(source: Any, name: str) -> None:
+def run_schedule_entry(source: object, name: str) -> None:
     """Let a beat send an entry now, once, whatever its schedule says.
 
     :raises EntryRefused: if beat cannot send it.
@@ -138,12 +150,12 @@ class Editing:
     :param connection: to the database, its transaction begun.
     """
 
-    def __init__(self, app: Any, connection: Any) -> None:
+    def __init__(self, app: PyramidCelery, connection: Connection) -> None:
         self.app = app
-        self.store = app.schedule
+        self.store: Store = app.schedule
         self.connection = connection
-        self.known: dict[str, Known] = self.store.load(connection)
-        self.now: datetime = self.store.now(connection)
+        self.known = self.store.load(connection)
+        self.now = self.store.now(connection)
 
     def entry(self, name: str) -> Entry | None:
         """Return an entry, ``None`` if there is none of this name."""
@@ -192,7 +204,8 @@ class Editing:
         :param fields: the edited ones; ``None`` takes one back.
         :raises EntryRefused: if beat would set the entry aside.
         """
-        _check_name(name)
+        if problem := problem_of_name(name):
+            raise EntryRefused(name, problem)
         before, known = self.entry(name), self.known.get(name)
         if before is not None:
             _refuse_orphan(before)
@@ -213,7 +226,7 @@ class Editing:
 
 
 @contextmanager
-def editing(source: Any) -> Iterator[Editing]:
+def editing(source: object) -> Iterator[Editing]:
     """Open a transaction in which entries are edited, and commit it at the end.
 
     :raises ScheduleNotOn: if the application keeps no schedule in its database.
@@ -229,13 +242,7 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _check_name(name: str) -> None:
-    problem = problem_of_name(name)
-    if problem is not None:
-        raise EntryRefused(name, problem)
-
-
-def _merged(app: Any, known: Known) -> Entry:
+def _merged(app: PyramidCelery, known: Known) -> Entry:
     """Return what an entry would be that is no orphan."""
     entry = entry_of(app, known.name, known)
     assert entry is not None  # noqa: S101 - each source that makes one says something
@@ -259,11 +266,8 @@ def _refuse_unfit(entry: Entry) -> None:
 
 def _begins_anew(before: Entry, after: Entry) -> bool:
     """Tell whether the ticks of an entry that is edited count from now on."""
-    return not before.enabled or _times(before) != _times(after)
-
-
-def _times(entry: Entry) -> dict[str, Any]:
-    return {name: entry.values[name] for name in (*TIMING, "starts_at", "expires")}
+    times = (*TIMING, "starts_at", "expires")
+    return not before.enabled or any(before.values[name] != after.values[name] for name in times)
 
 
 def _with_whole_timing(entry: Entry, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,10 +281,7 @@ def _with_whole_timing(entry: Entry, fields: Mapping[str, Any]) -> dict[str, Any
 def _whole_reset(name: str, reset: Iterable[str]) -> set[str]:
     fields = set(reset)
     for unknown in fields.difference(FIELDS):
-        close = nearest(unknown, FIELDS)
-        raise EntryRefused(
-            name, f"has the unknown field {unknown}{f'; did you mean {close}?' if close else ''}"
-        )
+        raise EntryRefused(name, unknown_field(unknown))
     return fields | {*TIMING} if fields & {*TIMING} else fields
 
 
@@ -288,8 +289,8 @@ def _whole_reset(name: str, reset: Iterable[str]) -> set[str]:
 class Imported:
     """The outcome of :func:`import_schedule`, by names of entries.
 
-    :param added: those that the database had said nothing of.
-    :param replaced: those that it had said something else of.
+    :param added: those of which the database had no fields.
+    :param replaced: those of which it had other fields.
     :param left: those that were left as they are.
     :param over: those that were left out, because they would never run: their time is past.
     """
@@ -300,7 +301,7 @@ class Imported:
     over: list[str] = field(default_factory=list)
 
 
-def export_schedule(source: Any, *, everything: bool = False) -> dict[str, dict[str, Any]]:
+def export_schedule(source: object, *, everything: bool = False) -> dict[str, dict[str, Any]]:
     """Return entries by name, as :func:`import_schedule` takes them; secrets are not masked.
 
     What is orphaned or set aside could not be imported, and is left out.
@@ -310,20 +311,20 @@ def export_schedule(source: Any, *, everything: bool = False) -> dict[str, dict[
         schedule no text can say. By default only what the database says.
     :raises ScheduleNotOn: if only that is wanted, and the application keeps no schedule there.
     """
-    said, entries = _said(source, everything=everything)
-    return {name: fields for name, fields in said.items() if _is_exported(entries[name], fields)}
+    fields, entries = _fields(source, everything=everything)
+    return {name: each for name, each in fields.items() if _is_exported(entries[name], each)}
 
 
-def unexported_entries(source: Any, *, everything: bool = False) -> list[str]:
+def unexported_entries(source: object, *, everything: bool = False) -> list[str]:
     """Return the names of what :func:`export_schedule` leaves out."""
-    said, entries = _said(source, everything=everything)
-    return [name for name, fields in said.items() if not _is_exported(entries[name], fields)]
+    fields, entries = _fields(source, everything=everything)
+    return [name for name, each in fields.items() if not _is_exported(entries[name], each)]
 
 
-def _said(
-    source: Any, *, everything: bool
+def _fields(
+    source: object, *, everything: bool
 ) -> tuple[dict[str, dict[str, Any]], Mapping[str, Entry]]:
-    """Return what is said of entries, and all entries."""
+    """Return the fields of the entries that are asked for, and all entries."""
     app = get_celery_app(source)
     if app.schedule is None and not everything:
         raise ScheduleNotOn
@@ -350,7 +351,7 @@ def _is_exported(entry: Entry, fields: Mapping[str, Any]) -> bool:
 
 
 def import_schedule(
-    source: Any, entries: Mapping[str, Mapping[str, Any]], *, replace: bool
+    source: object, entries: Mapping[str, Mapping[str, Any]], *, replace: bool
 ) -> Imported:
     """Let the database say of entries what :func:`export_schedule` has returned: all, or nothing.
 
