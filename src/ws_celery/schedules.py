@@ -125,7 +125,7 @@ class ZonedCrontab(crontab):
             and local.isoweekday() % 7 in self.day_of_week
         )
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
         fields = (
             self._orig_minute,
             self._orig_hour,

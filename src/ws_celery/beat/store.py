@@ -141,13 +141,7 @@ class Store(Database):
         """What PostgreSQL's NOTIFY calls changes of this table."""
         return f"ws_celery_{sha256(self.table.fullname.encode()).hexdigest()[:16]}"
 
-    # What was edited
-
-    def load(self, connection: Connection | None = None) -> dict[str, Known]:
-        """Return what the database knows of each entry, by name."""
-        with self._in(connection) as own:
-            rows = own.execute(select_(self.table).order_by(self.table.c.name))
-            return {row.name: _known(row) for row in rows}
+    # What a beat reads and writes
 
     def revision(self, connection: Connection) -> tuple[Hashable, datetime]:
         """Return what changes with each edit, and the time by the database's clock."""
@@ -158,10 +152,63 @@ class Store(Database):
         rows, versions, changed_at, now = connection.execute(found).one()
         return (rows, versions, changed_at), aware(now)
 
+    def load(self, connection: Connection | None = None) -> dict[str, Known]:
+        """Return what the database knows of each entry, by name."""
+        with self._in(connection) as own:
+            rows = own.execute(select_(self.table).order_by(self.table.c.name))
+            return {row.name: _known(row) for row in rows}
+
+    def register(self, connection: Connection, origins: Mapping[str, str]) -> None:
+        """Make the rows of entries that the database does not know yet.
+
+        :param origins: name to where the entry comes from.
+        """
+        made = {"version": 0, "changed_at": self._now}
+        rows = [{"name": name, "origin": origins[name]} for name in sorted(origins)]
+        if rows:
+            connection.execute(_insert_missing(self.table, connection).values(**made), rows)
+
+    def lock(self, connection: Connection, names: Iterable[str]) -> Locked:
+        """Lock entries until the transaction ends, so that nobody else claims their ticks.
+
+        What another beat has locked is left out: it is about to claim.
+        """
+        if connection.dialect.name == "sqlite":
+            # It locks the database at the first statement that writes, and not at one that reads.
+            connection.execute(delete(self.table).where(false()))
+        columns = self.table.c
+        found = select_(self.table).where(columns.name.in_(list(names)))
+        rows = connection.execute(found.with_for_update(skip_locked=True)).all()
+        now = connection.execute(select_(self._now)).scalar_one()
+        known = {row.name: _known(row) for row in rows}
+        return Locked(aware(now), known)
+
+    def advance(self, connection: Connection, ticks: Sequence[Mapping[str, Any]]) -> None:
+        """Store the last ticks of entries that are locked.
+
+        :param ticks: ``entry``, ``last_run_at`` and ``task_id`` of each, and ``sent_at``; also
+            ``run_requested_at``, if the run that somebody wants is still to come.
+        """
+        if ticks:
+            statement = update(self.table).where(self.table.c.name == bindparam("entry"))
+            statement = statement.values(
+                last_run_at=bindparam("last_run_at"),
+                task_id=bindparam("task_id"),
+                sent_at=bindparam("sent_at", None),
+                seen_at=func.coalesce(self.table.c.seen_at, self._now),
+                run_requested_at=bindparam("run_requested_at", None),
+            )
+            connection.execute(statement, ticks)
+
     def now(self, connection: Connection | None = None) -> datetime:
         """Return the time by the database's clock."""
         with self._in(connection) as own:
             return aware(own.execute(select_(self._now)).scalar_one())
+
+    def _in(self, connection: Connection | None) -> AbstractContextManager[Connection]:
+        return self.begin() if connection is None else nullcontext(connection)
+
+    # What people edit
 
     def save(
         self,
@@ -215,9 +262,6 @@ class Store(Database):
             else:
                 self._change(own, name, fields=None)
 
-    def _in(self, connection: Connection | None) -> AbstractContextManager[Connection]:
-        return self.begin() if connection is None else nullcontext(connection)
-
     def _edited(self, connection: Connection, name: str, origin: str) -> Mapping[str, Any]:
         """Lock the row of an entry, and return what was edited; it is made if it is missing."""
         self.register(connection, {name: origin})
@@ -233,50 +277,6 @@ class Store(Database):
     def _notify(self, connection: Connection) -> None:
         if connection.dialect.name == "postgresql":
             connection.execute(select_(func.pg_notify(self.channel, "")))
-
-    # What is sent
-
-    def register(self, connection: Connection, origins: Mapping[str, str]) -> None:
-        """Make the rows of entries that the database does not know yet.
-
-        :param origins: name to where the entry comes from.
-        """
-        made = {"version": 0, "changed_at": self._now}
-        rows = [{"name": name, "origin": origins[name]} for name in sorted(origins)]
-        if rows:
-            connection.execute(_insert_missing(self.table, connection).values(**made), rows)
-
-    def lock(self, connection: Connection, names: Iterable[str]) -> Locked:
-        """Lock entries until the transaction ends, so that nobody else claims their ticks.
-
-        What another beat has locked is left out: it is about to claim.
-        """
-        if connection.dialect.name == "sqlite":
-            # It locks the database at the first statement that writes, and not at one that reads.
-            connection.execute(delete(self.table).where(false()))
-        columns = self.table.c
-        found = select_(self.table).where(columns.name.in_(list(names)))
-        rows = connection.execute(found.with_for_update(skip_locked=True)).all()
-        now = connection.execute(select_(self._now)).scalar_one()
-        known = {row.name: _known(row) for row in rows}
-        return Locked(aware(now), known)
-
-    def advance(self, connection: Connection, ticks: Sequence[Mapping[str, Any]]) -> None:
-        """Store the last ticks of entries that are locked.
-
-        :param ticks: ``entry``, ``last_run_at`` and ``task_id`` of each, and ``sent_at``; also
-            ``run_requested_at``, if the run that somebody wants is still to come.
-        """
-        if ticks:
-            statement = update(self.table).where(self.table.c.name == bindparam("entry"))
-            statement = statement.values(
-                last_run_at=bindparam("last_run_at"),
-                task_id=bindparam("task_id"),
-                sent_at=bindparam("sent_at", None),
-                seen_at=func.coalesce(self.table.c.seen_at, self._now),
-                run_requested_at=bindparam("run_requested_at", None),
-            )
-            connection.execute(statement, ticks)
 
 
 def _insert_missing(table: Table, connection: Connection) -> Insert:
@@ -326,7 +326,7 @@ class Listener:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._connection: Any = None
+        self._connection: Connection | None = None
         self._driver: Any = None
 
     def open(self) -> None:

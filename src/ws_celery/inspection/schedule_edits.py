@@ -33,13 +33,10 @@ if TYPE_CHECKING:
     from ws_celery.beat.store import Store
 
 __all__ = (
-    "Editing",
-    "EntryIsOver",
     "Imported",
     "add_schedule_entry",
     "disable_schedule_entry",
     "edit_schedule_entry",
-    "editing",
     "enable_schedule_entry",
     "export_schedule",
     "import_schedule",
@@ -62,7 +59,7 @@ def add_schedule_entry(source: object, name: str, fields: Mapping[str, Any]) -> 
     :param fields: those of ``[celerybeat:NAME]``, as texts or as JSON has them.
     :raises EntryRefused: if there is one of this name, or beat would set it aside.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         found = edit.entry(name)
         if found is not None:
             raise EntryRefused(
@@ -83,7 +80,7 @@ def edit_schedule_entry(
     :raises NoSuchEntry: if there is none of this name.
     :raises EntryRefused: if beat would set it aside.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         entry = edit.find(name)
         given = _with_whole_timing(entry, fields)
         edit.save(name, {**dict.fromkeys(_whole_reset(name, reset)), **given})
@@ -91,9 +88,12 @@ def edit_schedule_entry(
 
 def enable_schedule_entry(source: object, name: str) -> None:
     """Switch an entry on; what it has missed meanwhile is not caught up with."""
-    with editing(source) as edit:
+    with _editing(source) as edit:
         _refuse_unfit(edit.find(name))
-        edit.save(name, {"enabled": None if edit.is_enabled_by_others(name) else True})
+        known = edit.known.get(name) or Known(name, "database")
+        rest = {key: value for key, value in known.fields.items() if key != "enabled"}
+        is_on_without = _merged(edit.app, replace(known, fields=rest)).enabled
+        edit.save(name, {"enabled": None if is_on_without else True})
 
 
 def disable_schedule_entry(source: object, name: str) -> None:
@@ -101,9 +101,15 @@ def disable_schedule_entry(source: object, name: str) -> None:
 
     :raises EntryRefused: if what the database says of it cannot be read: it would be lost.
     """
-    with editing(source) as edit:
-        entry = edit.find(name)
-        edit.refuse_unreadable(name)
+    with _editing(source) as edit:
+        entry, known = edit.find(name), edit.known.get(name)
+        if known is not None and known.problem is not None:
+            raise EntryRefused(
+                name,
+                f"{known.problem}, and would be lost. Mend them in the table by SQL, give all of "
+                f"them anew with `ws-celery schedule edit {name}`, or delete them with "
+                f"`ws-celery schedule remove {name}`",
+            )
         # Not by save(): what beat sets aside can be switched off, too.
         origin = edit.origin(name, entry)
         edit.store.save(name, origin=origin, connection=edit.connection, enabled=False)
@@ -114,7 +120,7 @@ def remove_schedule_entry(source: object, name: str) -> None:
 
     :raises EntryRefused: if there is nothing of it in the database.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         entry, known = edit.find(name), edit.known.get(name)
         if known is None or not (known.fields or known.problem or known.origin == "database"):
             raise EntryRefused(
@@ -133,17 +139,13 @@ def run_schedule_entry(source: object, name: str) -> None:
 
     :raises EntryRefused: if beat cannot send it.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         entry = edit.find(name)
         _refuse_unfit(entry)
         edit.store.request_run(name, origin=edit.origin(name, entry), connection=edit.connection)
 
 
-class EntryIsOver(EntryRefused):
-    """An entry has no tick to come."""
-
-
-class Editing:
+class _Editing:
     """One transaction in which entries are edited.
 
     :param app: the Celery app.
@@ -178,26 +180,6 @@ class Editing:
             return "database"  # whatever had its name before
         return known.origin if known else entry.origin
 
-    def is_enabled_by_others(self, name: str) -> bool:
-        """Tell whether an entry is on as long as nobody has edited that."""
-        known = self.known.get(name) or Known(name, "database")
-        rest = {key: value for key, value in known.fields.items() if key != "enabled"}
-        return _merged(self.app, replace(known, fields=rest)).enabled
-
-    def refuse_unreadable(self, name: str) -> None:
-        """Make sure that what the database says of an entry can be read.
-
-        :raises EntryRefused: if not, because an edit of one field would take the place of it all.
-        """
-        known = self.known.get(name)
-        if known is not None and known.problem is not None:
-            raise EntryRefused(
-                name,
-                f"{known.problem}, and would be lost. Mend them in the table by SQL, give all of "
-                f"them anew with `ws-celery schedule edit {name}`, or delete them with "
-                f"`ws-celery schedule remove {name}`",
-            )
-
     def save(self, name: str, fields: Mapping[str, Any]) -> None:
         """Save fields of an entry, if beat will run what comes of them.
 
@@ -215,7 +197,7 @@ class Editing:
         _refuse_unfit(after)
         anew = before is None or _begins_anew(before, after)
         if anew and after.enabled and next_tick(after, self.now) is None:
-            raise EntryIsOver(name, f"it would never run: {after.words} is past")
+            raise _EntryIsOver(name, f"it would never run: {after.words} is past")
         edited = {field: after.values[field] if field in left else None for field in fields}
         if "type" not in left and not isinstance(left.get("schedule", ""), (str, Mapping)):
             edited["type"] = after.type  # of a number; its text alone has none
@@ -225,8 +207,12 @@ class Editing:
             self.store.restart(name, origin, self.connection)
 
 
+class _EntryIsOver(EntryRefused):
+    """An entry has no tick to come."""
+
+
 @contextmanager
-def editing(source: object) -> Iterator[Editing]:
+def _editing(source: object) -> Iterator[_Editing]:
     """Open a transaction in which entries are edited, and commit it at the end.
 
     :raises ScheduleNotOn: if the application keeps no schedule in its database.
@@ -235,7 +221,7 @@ def editing(source: object) -> Iterator[Editing]:
     if app.schedule is None:
         raise ScheduleNotOn
     with app.schedule.begin() as connection:
-        yield Editing(app, connection)
+        yield _Editing(app, connection)
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,7 +348,7 @@ def import_schedule(
     :raises EntryRefused: if beat would set one of them aside.
     """
     outcome = Imported()
-    with editing(source) as edit:
+    with _editing(source) as edit:
         for name, fields in entries.items():
             if not isinstance(fields, Mapping):
                 raise EntryRefused(name, f"{fields!r} is no JSON object of fields")
@@ -376,7 +362,7 @@ def import_schedule(
                 continue
             try:
                 edit.save(name, {**dict.fromkeys(edited), **fields})
-            except EntryIsOver:
+            except _EntryIsOver:
                 outcome.over.append(name)  # a one-off that has run, or a season that has ended
                 continue
             (outcome.replaced if edited or unreadable else outcome.added).append(name)
