@@ -81,9 +81,13 @@ class DatabaseScheduler(beat.Scheduler):
         self._agenda = Agenda()
         self._entries: dict[str, Entry] = {}
         self._known: dict[str, Known] = {}
+        #: Since when this beat waits for the ticks of an entry.
         self._ready: dict[str, datetime] = {}
+        #: What the store has told of its edits.
         self._revision: object = None
+        #: By how much the database's clock is ahead of this process's; None if it is not known.
         self._ahead: float | None = None
+        #: By this process's clock: the next look at edits, and at everything, and the next round.
         self._look_at = self._everything_at = self._round_at = 0.0
         self._service = Service("Beat", "database or broker")
         self._health = HealthFile(app.beat_health_file)
@@ -121,16 +125,16 @@ class DatabaseScheduler(beat.Scheduler):
             self._health.heartbeat(len(self._agenda), self._agenda.overdue(self._time() - OVERDUE))
             self._service.works()
         except Exception as error:  # noqa: BLE001  whatever the database or the broker raises
-            self._forget_time()
+            self._start_over()
             wait = self._service.failed(error)
         asleep = monotonic()
         if self._listener.wait(min(max(wait, 0.0), LONGEST, self.max_interval)):
             self._look_at = 0.0
         if monotonic() - asleep > LONGEST + STOOD_STILL:
-            self._forget_time()
+            self._start_over()
         return 0.0
 
-    def _forget_time(self) -> None:
+    def _start_over(self) -> None:
         # The time is unknown, and what was due meanwhile was missed: all entries are planned again.
         self._revision = self._ahead = None
         self._look_at = 0.0
