@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone, tzinfo
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from zoneinfo import ZoneInfo
 
 from celery.exceptions import ImproperlyConfigured
@@ -16,13 +16,15 @@ from celery.schedules import (
     ParseException,
     crontab,
     crontab_parser,
-    schedstate,
     solar,
 )
 from celery.utils.time import ffwd
 
 from ws_celery.compat import crontab_fields, solar_events
 from ws_celery.converters import Refused, json_value, moment, nearest, period, utc
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 __all__ = (
     "KEYS_OF_TYPES",
@@ -57,7 +59,7 @@ class ZonedCrontab(crontab):
         *fields: Any,
         zone: str | None = None,
         nowfun: Callable[[], datetime] | None = None,
-        app: Any = None,
+        app: Celery | None = None,
         **named: Any,
     ) -> None:
         self.zone = zone
@@ -151,12 +153,8 @@ def _is_shown(wall: datetime) -> bool:
     return there.replace(tzinfo=None) == wall.replace(tzinfo=None)
 
 
-#: For Celery's own schedulers, which want to know when to ask again: not in this life.
-_NEVER = timedelta(days=36500)
-
-
 class Clocked(BaseSchedule):
-    """One run at a certain time, and no other.
+    """One run at a certain time, and no other; for the schedule in the database only.
 
     :param at: the time, with its zone.
 
@@ -167,25 +165,8 @@ class Clocked(BaseSchedule):
         self.at = at.astimezone(timezone.utc)
         super().__init__(**options)
 
-    def remaining_estimate(self, last_run_at: datetime) -> timedelta:
-        """Return the time from now to the run; a very long one if it has been."""
-        if self.maybe_make_aware(last_run_at) >= self.at:
-            return _NEVER
-        now: datetime = self.maybe_make_aware(self.now())
-        return self.at - now
-
-    def is_due(self, last_run_at: datetime) -> schedstate:
-        """Tell whether it is due, and in how many seconds to ask again."""
-        remaining = self.remaining_estimate(last_run_at)
-        if remaining > timedelta(0):
-            return schedstate(is_due=False, next=remaining.total_seconds())
-        return schedstate(is_due=True, next=_NEVER.total_seconds())
-
     def __repr__(self) -> str:
         return f"<clocked: {self.at.isoformat()}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.at,)
 
     def __eq__(self, other: object) -> bool:
         return self.at == other.at if isinstance(other, Clocked) else NotImplemented
@@ -227,7 +208,7 @@ _OTHER_ZEROS = {("hour", "24"), ("day_of_week", "7"), ("minute", "60")}
 _PART = re.compile(r"(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\w+))?", re.ASCII)
 
 
-def _crontab(value: Any, zone: str | None) -> crontab:
+def _crontab(value: object, zone: str | None) -> crontab:
     fields = _crontab_fields(value)
     specs = {name: _spec(name, field) for name, field in fields.items()}
     try:
@@ -249,8 +230,8 @@ def _check_days(specs: Mapping[str, str]) -> None:
         )
 
 
-def _crontab_fields(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, str) and not value.startswith(("{", "[")):
+def _crontab_fields(value: object) -> Mapping[str, Any]:
+    if _is_line(value):
         words = value.split()
         if len(words) != len(_FIELDS):
             raise Refused(
@@ -268,7 +249,7 @@ def _crontab_fields(value: Any) -> Mapping[str, Any]:
     return fields
 
 
-def _spec(name: str, field: Any) -> str:
+def _spec(name: str, field: object) -> str:
     if isinstance(field, list) and field:
         return ",".join(_spec(name, each) for each in field)
     if isinstance(field, bool) or not isinstance(field, (str, int)):
@@ -318,8 +299,8 @@ def _check_number(name: str, text: str) -> None:
 _PERIOD_UNITS = ["weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds"]
 
 
-def _timedelta(value: Any) -> timedelta:
-    if isinstance(value, str) and not value.startswith(("{", "[")):
+def _timedelta(value: object) -> timedelta:
+    if _is_line(value):
         seconds = period(value)
         if seconds is None:
             raise Refused('is neither a period such as 24h or 1h30m nor JSON such as {"hours": 24}')
@@ -336,7 +317,7 @@ def _timedelta(value: Any) -> timedelta:
     return _positive(**fields)
 
 
-def _integer(value: Any) -> timedelta:
+def _integer(value: object) -> timedelta:
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
         return _positive(seconds=int(value))
     if isinstance(value, int) and not isinstance(value, bool):
@@ -344,16 +325,23 @@ def _integer(value: Any) -> timedelta:
     raise Refused("is no whole number of seconds", "type = number")
 
 
-def _number(value: Any) -> timedelta:
-    try:
-        seconds = math.nan if isinstance(value, bool) else float(value)
-    except OverflowError:
-        seconds = math.inf
-    except (TypeError, ValueError):
-        seconds = math.nan
+def _number(value: object) -> timedelta:
+    seconds = _float(value)
     if math.isnan(seconds):
         raise Refused("is no number of seconds")
     return _positive(seconds=seconds)
+
+
+def _float(value: object) -> float:
+    """Return a number as such; one that is none is not a number, one that is too big infinite."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return math.nan
 
 
 def _positive(**amounts: float) -> timedelta:
@@ -366,8 +354,8 @@ def _positive(**amounts: float) -> timedelta:
     return duration
 
 
-def _solar(value: Any) -> solar:
-    if isinstance(value, str) and not value.startswith(("{", "[")):
+def _solar(value: object) -> solar:
+    if _is_line(value):
         value = dict(zip(("event", "lat", "lon"), value.split(), strict=False))
     fields = _json_object(value, '{"event": "sunset", "lat": 52.5, "lon": 13.4}')
     if set(fields) != {"event", "lat", "lon"}:
@@ -387,23 +375,25 @@ def _solar(value: Any) -> solar:
 
 
 def _degrees(fields: Mapping[str, Any], name: str, most: int) -> float:
-    try:
-        degrees = float(fields[name])
-    except (TypeError, ValueError, OverflowError):
-        degrees = math.nan
+    degrees = _float(fields[name])
     if not -most <= degrees <= most:
         raise Refused(f"has {name} = {fields[name]!r}; {name} is from -{most} to {most}")
     return degrees
 
 
-def _json_object(value: Any, example: str) -> dict[str, Any]:
+def _is_line(value: object) -> TypeGuard[str]:
+    """Tell whether a schedule is written in words, and not as JSON."""
+    return isinstance(value, str) and not value.startswith(("{", "["))
+
+
+def _json_object(value: object, example: str) -> dict[str, Any]:
     fields = json_value(value) if isinstance(value, str) else value
     if not isinstance(fields, dict) or not fields:
         raise Refused(f"is no JSON object such as {example}")
     return fields
 
 
-def _clocked(value: Any, zone: str | None) -> Clocked:
+def _clocked(value: object, zone: str | None) -> Clocked:
     if not isinstance(value, str):
         raise Refused("is no time such as 2027-01-31T09:00+01:00")
     time = moment(value)
@@ -415,14 +405,14 @@ def _clocked(value: Any, zone: str | None) -> Clocked:
 
 
 #: Parser of ``schedule`` for each ``type`` that has nothing to do with a time zone.
-_PARSERS: dict[str, Callable[[Any], Any]] = {
+_PARSERS: dict[str, Callable[[object], BaseSchedule | timedelta]] = {
     "timedelta": _timedelta,
     "integer": _integer,
     "number": _number,
     "solar": _solar,
 }
 #: Parsers that take a zone as well.
-_ZONED_PARSERS: dict[str, Callable[[Any, str | None], Any]] = {
+_ZONED_PARSERS: dict[str, Callable[[object, str | None], BaseSchedule]] = {
     "crontab": _crontab,
     "clocked": _clocked,
 }
@@ -431,8 +421,8 @@ SCHEDULE_TYPES = ("crontab", *_PARSERS, "clocked")
 KEYS_OF_TYPES = {"timezone": tuple(_ZONED_PARSERS), "relative": SCHEDULE_TYPES[1:4]}
 
 
-def parse_schedule(kind: str, value: Any, zone: str | None = None) -> Any:
-    """Return the Celery schedule that ``value`` describes.
+def parse_schedule(kind: str, value: object, zone: str | None = None) -> BaseSchedule | timedelta:
+    """Return the Celery schedule, or the period, that ``value`` describes.
 
     :param kind: one of :data:`SCHEDULE_TYPES`.
     :param value: text, or what a JSON text would hold.
@@ -447,7 +437,7 @@ def parse_schedule(kind: str, value: Any, zone: str | None = None) -> Any:
     return _PARSERS[kind](value)
 
 
-def text_of_schedule(schedule: Any) -> dict[str, Any]:
+def text_of_schedule(schedule: BaseSchedule | timedelta | float) -> dict[str, Any]:
     """Return the keys of an entry that say what ``schedule`` is: ``type``, ``schedule`` and so on.
 
     It is the way back from :func:`parse_schedule`. A schedule that no text can say has the type
@@ -463,30 +453,28 @@ def text_of_schedule(schedule: Any) -> dict[str, Any]:
         return {"type": "solar", "schedule": place}
     if isinstance(schedule, Clocked):
         return {"type": "clocked", "schedule": schedule.at.isoformat()}
-    run_every = getattr(schedule, "run_every", schedule)
-    if isinstance(run_every, timedelta):
-        run_every = run_every.total_seconds()
-    if isinstance(run_every, (int, float)):
+    every = getattr(schedule, "run_every", schedule)
+    seconds = every.total_seconds() if isinstance(every, timedelta) else every
+    if isinstance(seconds, (int, float)):
         relative = {"relative": True} if getattr(schedule, "relative", False) else {}
-        return {"type": "number", "schedule": f"{run_every:.15g}", **relative}
+        return {"type": "number", "schedule": f"{seconds:.15g}", **relative}
     return {"type": "python", "schedule": str(schedule)}
 
 
-def _field_text(field: Any) -> str:
+def _field_text(field: object) -> str:
     items = field if isinstance(field, (list, tuple, set, frozenset)) else [field]
     return ",".join(str(item).replace(" ", "") for item in items)
 
 
-def describe(schedule: Any) -> str:
+def describe(schedule: BaseSchedule | timedelta | float) -> str:
     """Return a schedule in words that fit on one line."""
     if isinstance(schedule, crontab):
-        fields = crontab_fields(schedule)
-        line = " ".join(str(fields[name]) for name in _FIELDS)
-        zone = getattr(schedule, "zone", None)
-        return f"{line} ({zone})" if zone else line
+        text = text_of_schedule(schedule)
+        zone = f" ({text['timezone']})" if "timezone" in text else ""
+        return f"{text['schedule']}{zone}"
     if isinstance(schedule, Clocked):
         return f"once at {schedule.at.isoformat(sep=' ', timespec='seconds')}"
     if isinstance(schedule, solar):
         return f"{schedule.event} at {schedule.lat} {schedule.lon}"
-    run_every = getattr(schedule, "run_every", schedule)
-    return f"every {run_every}" if isinstance(run_every, timedelta) else str(run_every)
+    every = getattr(schedule, "run_every", schedule)
+    return f"every {every}" if isinstance(every, timedelta) else str(every)

@@ -280,9 +280,9 @@ def test_a_health_file_that_cannot_be_written_is_told_once(tmp_path, monkeypatch
     monkeypatch.setattr(scheduler, "_EVERY", 0)
     file = scheduler.HealthFile(tmp_path / "run" / "health")
     for _ in range(2):
-        file.write(1, 0)
+        file.heartbeat(1, 0)
     (tmp_path / "run").mkdir()
-    file.write(1, 0)
+    file.heartbeat(1, 0)
 
     failed, back = (record.getMessage() for record in caplog.records)
     assert "health file has failed" in failed

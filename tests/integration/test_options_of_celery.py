@@ -150,7 +150,7 @@ def test_each_option_of_beat_is_obeyed_or_refused(
 
 #: Options that Celery reads in what a method of ours replaces; ws_celery.beat.sources reads these.
 REPLACED = {
-    "ws_celery.beat.filed.FileScheduler.install_default_entries": ["result_expires"],
+    "ws_celery.beat.scheduler.FileScheduler.install_default_entries": ["result_expires"],
     "ws_celery.beat.scheduler.DatabaseScheduler.setup_schedule": ["beat_schedule"],
 }
 

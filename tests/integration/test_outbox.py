@@ -23,7 +23,7 @@ from ws_celery.testing.running import run_as_worker
 from ws_celery import RequestAwareTask, immediately, task
 from ws_celery.eager import received as received_by_worker
 from ws_celery.events import PublishFailed
-from ws_celery.exceptions import CutOff, SessionError, TableError
+from ws_celery.exceptions import Abandoned, SessionError, TableError
 from ws_celery.inspection import health
 from ws_celery.outbox.journal import publication_of
 from ws_celery.outbox.tables import aware as aware_of
@@ -643,7 +643,7 @@ def test_a_run_that_cannot_connect_to_its_database_is_no_dead_letter(app, databa
     nowhere = create_engine("postgresql+psycopg://postgres@127.0.0.1:1/none")
     database.sessions.configure(bind=nowhere)
 
-    with pytest.raises(CutOff):
+    with pytest.raises(Abandoned):
         run_as_worker(app.celery, publication, {})
 
     assert [row.died_at for row in rows(app)] == [None]

@@ -68,8 +68,8 @@ def test_each_edit_makes_another_revision(store):
     look()
     for change in (
         lambda: store.save("e", task="work"),
-        lambda: store.disable("e"),
-        lambda: store.enable("e"),
+        lambda: store.save("e", enabled=False),
+        lambda: store.save("e", enabled=True),
         lambda: store.request_run("e"),
         lambda: store.remove("e"),
         lambda: store.save("f", origin="ini", enabled=False),

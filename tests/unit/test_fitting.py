@@ -8,8 +8,8 @@ import pytest
 from celery.schedules import BaseSchedule, schedule
 
 from ws_celery import task
-from ws_celery.beat.entries import Entry, fitted
-from ws_celery.beat.sources import merge
+from ws_celery.beat.entries import Entry, merge
+from ws_celery.beat.sources import fitted
 from ws_celery.beat.ticks import next_tick
 from ws_celery.schedules import Clocked
 

@@ -6,13 +6,16 @@ and needs SQLAlchemy. See ``docs/schedules.rst``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyramid.config import PHASE3_CONFIG
+from pyramid.config import PHASE3_CONFIG, Configurator
 
-from ws_celery.app import get_celery_app
+from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import our_setting
+
+if TYPE_CHECKING:
+    from ws_celery.beat.scheduler import DatabaseScheduler, FileScheduler
 
 __all__ = ("SCHEDULER", "Scheduler", "includeme")
 
@@ -20,7 +23,7 @@ __all__ = ("SCHEDULER", "Scheduler", "includeme")
 SCHEDULER = f"{__name__}:Scheduler"
 
 
-def includeme(config: Any) -> None:
+def includeme(config: Configurator) -> None:
     """Let the schedule of the application be edited in its database, and any number of beats run.
 
     Nothing fires twice: each tick is claimed there, together with the row that its task has in the
@@ -30,7 +33,7 @@ def includeme(config: Any) -> None:
     config.action("ws_celery.beat", _switch_on, args=(config,), order=PHASE3_CONFIG - 2)
 
 
-def _switch_on(config: Any) -> None:
+def _switch_on(config: Configurator) -> None:
     from ws_celery.beat.store import Store  # SQLAlchemy is needed for no other part of beat
 
     app = get_celery_app(config.registry)
@@ -43,16 +46,15 @@ def _switch_on(config: Any) -> None:
     app.schedule = Store(app, table)
 
 
-def Scheduler(app: Any, **options: Any) -> Any:  # noqa: N802 - it takes the place of Celery's class
+def Scheduler(  # noqa: N802 - it takes the place of Celery's class
+    app: PyramidCelery, **options: Any
+) -> DatabaseScheduler | FileScheduler:
     """Make the scheduler of ``ws-celery beat``: the database's, or without one Celery's own.
 
     :param app: the Celery app.
     :param options: as :class:`celery.beat.Scheduler` takes them.
     """
-    if app.schedule is None:
-        from ws_celery.beat.filed import FileScheduler
+    from ws_celery.beat.scheduler import DatabaseScheduler, FileScheduler  # only beat needs them
 
-        return FileScheduler(app=app, **options)
-    from ws_celery.beat.scheduler import DatabaseScheduler
-
-    return DatabaseScheduler(app=app, **options)
+    scheduler = FileScheduler if app.schedule is None else DatabaseScheduler
+    return scheduler(app=app, **options)

@@ -1,22 +1,30 @@
-"""Whether an application can run an entry: its task, its arguments, its next tick."""
+"""Entries of the schedule: merged from code, INI and database, each field checked.
+
+An entry in which something is wrong is set aside with its problem, and stops no other one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
-from celery.beat import BeatLazyFunc
-from celery.exceptions import QueueNotFound
-from kombu.exceptions import EncodeError
-from kombu.serialization import dumps
+from celery.schedules import BaseSchedule, maybe_schedule
 
-from ws_celery.beat.ticks import due_tick, nothing_tells
-from ws_celery.converters import nearest
-from ws_celery.exceptions import ArgumentNotSerializable
-from ws_celery.recording import blame_argument
-from ws_celery.schedules import Clocked, describe
+from ws_celery.converters import Refused, nearest
+from ws_celery.masking import MASK, masked
+from ws_celery.schedules import (
+    KEYS_OF_TYPES,
+    SCHEDULE_TYPES,
+    describe,
+    parse_schedule,
+    text_of_schedule,
+)
+from ws_celery.settings.keys import ENTRY_KEYS
+from ws_celery.settings.sections import accept_options
 
 __all__ = (
     "FIELDS",
@@ -25,9 +33,10 @@ __all__ = (
     "TIMING",
     "Entry",
     "Known",
-    "fitted",
+    "check_fields",
+    "merge",
     "problem_of_name",
-    "problem_of_queue",
+    "unknown_field",
 )
 
 #: How many characters the name of an entry has at most that the database is to know.
@@ -133,7 +142,7 @@ class Entry:
 
     name: str
     task: str
-    schedule: Any
+    schedule: BaseSchedule | None
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -151,7 +160,7 @@ class Entry:
     problem: str | None = None
     orphaned: bool = False
 
-    @property
+    @cached_property
     def ticks(self) -> bool:
         """Whether it is sent at its times."""
         return self.enabled and not self.orphaned and self.problem is None
@@ -167,12 +176,17 @@ class Entry:
         return self.text if self.schedule is None else describe(self.schedule)
 
     def as_fields(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them, without those that say nothing."""
-        return {name: value for name, value in self.values.items() if value != _NOTHING.get(name)}
+        """Return the fields as JSON has them, without those that have their default."""
+        needed, default = ("task", "type", "schedule"), Entry("", "", None).values
+        return {
+            name: value
+            for name, value in self.values.items()
+            if name in needed or value != default[name]
+        }
 
     @property
     def values(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
+        """All fields, as JSON has them."""
         return {
             "task": self.task,
             "type": self.type,
@@ -192,126 +206,171 @@ class Entry:
 
     def for_celery(self) -> dict[str, Any]:
         """Return the entry as Celery's ``beat_schedule`` has it."""
-        entry = {
-            "task": self.task,
-            "schedule": self.schedule,
-            "args": list(self.args),
-            "kwargs": dict(self.kwargs),
-            "options": dict(self.options),
-        }
+        entry = {name: self.values[name] for name in ("task", "args", "kwargs", "options")}
+        entry["schedule"] = self.schedule
         return {**entry, "relative": True} if self.relative else entry
 
 
-#: What a field is that nobody has given.
-_NOTHING: dict[str, Any] = {
-    "timezone": None,
-    "relative": False,
-    "args": [],
-    "kwargs": {},
-    "options": {},
-    "enabled": True,
-    "catch_up": "skip",
-    "overlap": "allow",
-    "starts_at": None,
-    "expires": None,
-    "description": None,
-}
+def merge(
+    code: Mapping[str, Mapping[str, Any]],
+    ini: Mapping[str, Mapping[str, Any]],
+    database: Mapping[str, Known],
+) -> dict[str, Entry]:
+    """Return all entries by name, those that are set aside and the orphaned ones included.
 
-
-#: Fields that Celery's own scheduler does not know.
-_OURS = ("catch_up", "overlap", "starts_at", "expires")
-
-
-def fitted(entries: Mapping[str, Entry], app: Any) -> dict[str, Entry]:
-    """Return entries as the application will run them, those that it cannot run set aside.
-
-    :param entries: by name, as :func:`ws_celery.beat.sources.merge` returns them.
-    :param app: the Celery app; its time zone is that of a crontab without one.
+    :param code: name to fields; the schedule may be an object.
+    :param ini: likewise.
+    :param database: what is known there; see :class:`Known`.
     """
-    return {name: _fitted(entry, app) for name, entry in entries.items()}
+    entries = {}
+    for name in dict.fromkeys((*code, *ini, *database)):
+        known = database.get(name)
+        edited = known.fields if known else {}
+        sources = {"code": code.get(name), "ini": ini.get(name), "database": edited}
+        made = sources["code"] or (sources["ini"] or {}).get("task")
+        orphaned = not made and (known is None or known.origin != "database")
+        broken = known.problem if known else None
+        if orphaned and not edited and not broken:
+            continue  # a section that switches off what is not there, or what left nothing behind
+        entry = _entry(name, sources, orphaned=orphaned)
+        entries[name] = replace(entry, problem=broken) if broken else entry
+    return entries
 
 
-def _fitted(entry: Entry, app: Any) -> Entry:
-    if entry.schedule is not None:
-        entry.schedule.app = app
-    if entry.problem is not None:
-        return entry
-    return replace(entry, problem=_problem(entry, app))
+def _entry(name: str, sources: Mapping[str, Mapping[str, Any] | None], *, orphaned: bool) -> Entry:
+    fields, origins = _overlaid(sources)
+    typed: dict[str, Any] = {"task": "", "schedule": None}
+    problems = _problems(fields, typed, in_python=origins.get("options") == "code")
+    problem = "; ".join(problems) or None  # read to its end, it has typed all fields
+    return Entry(name=name, origins=origins, orphaned=orphaned, problem=problem, **typed)
 
 
-def _problem(entry: Entry, app: Any) -> str | None:
-    task = app.tasks.get(entry.task)
-    if task is None:
-        close = nearest(entry.task, app.tasks)
-        meant = f"did you mean {close}? Else call" if close else "call"
-        return (
-            f"the task {entry.task!r} is not registered; {meant} config.scan() on its module, or "
-            "list the module under `imports` in the [celery] section"
-        )
-    try:
-        if task.typing:
-            task.__header__(*entry.args, **entry.kwargs)
-    except TypeError as error:
-        return f"the arguments do not fit {entry.task}: {error}"
-    if app.schedule is None:
-        of_scheduler = _problem_without_database(entry)
-    else:
-        of_scheduler = _problem_of_overlap(entry, app)
-    return _problem_of_message(entry, task) or of_scheduler or _problem_of_timing(entry)
+def _overlaid(
+    sources: Mapping[str, Mapping[str, Any] | None],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    fields: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source, given in sources.items():
+        if not given:
+            continue
+        if "type" in given or not isinstance(given.get("schedule", ""), (str, Mapping)):
+            for name in TIMING:
+                fields.pop(name, None)
+                origins.pop(name, None)
+        fields.update(given)
+        origins.update(dict.fromkeys(given, source))
+    return fields, origins
 
 
-def _problem_of_message(entry: Entry, task: Any) -> str | None:
-    serializer = entry.options.get("serializer") or task.serializer
-    # What is made at each tick cannot be looked at now.
-    args = [None if isinstance(each, BeatLazyFunc) else each for each in entry.args]
-    kwargs = {k: v for k, v in entry.kwargs.items() if not isinstance(v, BeatLazyFunc)}
-    try:
-        dumps((args, kwargs), serializer=serializer)
-    except EncodeError as error:
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Make sure that an entry could have these fields, whatever else it has.
+
+    :raises Refused: at the first one that is wrong.
+    """
+    for problem in _problems(fields, {}, whole=False):
+        raise Refused(problem)
+
+
+def _problems(
+    fields: Mapping[str, Any],
+    typed: dict[str, Any],
+    *,
+    whole: bool = True,
+    in_python: bool = False,
+) -> Iterator[str]:
+    """Yield what is wrong with fields, and put what is right into ``typed``.
+
+    :param whole: whether it is an entry, and not a part of one.
+    :param in_python: whether its options are written in code.
+    """
+    yield from (unknown_field(key) for key in fields if key not in FIELDS)
+    for key, kind in ENTRY_KEYS.items():
+        if key not in fields:
+            continue
         try:
-            blame_argument(error, entry.task, args, kwargs, serializer)
-        except ArgumentNotSerializable as blamed:
-            return str(blamed).rstrip(".")
-    queue = entry.options.get("queue") or getattr(task, "queue", None)
-    return problem_of_queue(task.app, entry.task, queue)
+            value = kind.accept(fields[key])
+            if key == "options":
+                value = accept_options(value, in_python=in_python)
+            typed[key] = tuple(value) if key == "args" else value
+        except Exception as error:  # noqa: BLE001 - of this entry alone, whatever it is
+            yield _refusal(key, fields[key], error, kind.expected)
+    if whole and "task" not in fields:
+        yield "has no task"
+    if not whole and not {"type", "schedule"} <= fields.keys():
+        return
+    schedule, kind_of_schedule = fields.get("schedule"), fields.get("type")
+    if schedule is None:
+        yield "has no schedule"
+        return
+    try:
+        typed.update(_timing(kind_of_schedule, schedule, typed))
+    except Exception as error:  # noqa: BLE001 - likewise
+        typed.update(type=str(kind_of_schedule or ""), text=_as_text(schedule))
+        yield _refusal("schedule", schedule, error, "a schedule")
 
 
-def problem_of_queue(app: Any, task: str, queue: Any = None) -> str | None:
-    """Return why a call of a task could not be routed, if it could not.
+def unknown_field(name: str) -> str:
+    """Return what is wrong with a field of this name, which is none of :data:`FIELDS`."""
+    return f"has the unknown field {name}{_suggestion(nearest(name, FIELDS))}"
 
-    :param queue: the one that the call or the task names; that of the route if it is ``None``.
+
+def _timing(kind: object, schedule: object, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an entry that come of its schedule."""
+    if kind is None and _is_of_python(schedule):
+        parsed = _checked(schedule)
+    else:
+        parsed = _parsed(kind, schedule, typed)
+    made = maybe_schedule(parsed, typed.get("relative", False))
+    if kind is not None:
+        return {"schedule": made, "text": _as_text(schedule), "type": kind}
+    text = text_of_schedule(made)
+    return {**text, "schedule": made, "text": text["schedule"]}
+
+
+def _is_of_python(schedule: object) -> bool:
+    """Tell whether it is a schedule that was made in Python, or a number of seconds."""
+    made = isinstance(schedule, (BaseSchedule, timedelta, int, float))
+    return made and not isinstance(schedule, bool)
+
+
+def _checked(schedule: object) -> object:
+    """Return a schedule that was made in Python, if its period is one.
+
+    :raises Refused: if it is none: it would have no next tick, or go backwards.
     """
-    if app.conf.task_create_missing_queues:
-        return None  # not asked for: a worker would consume from what is made
-    try:
-        app.amqp.router.route({"queue": queue} if queue else {}, task)
-    except QueueNotFound as error:
-        return f"calls of {task} cannot be routed: {error}; add [celeryqueue:NAME] for it"
-    return None
+    if isinstance(schedule, (int, float)):
+        return parse_schedule("number", schedule)
+    every = getattr(schedule, "run_every", schedule)
+    if isinstance(every, timedelta) and every <= timedelta(0):
+        raise Refused("is no period: it must be longer than zero")
+    return schedule
 
 
-def _problem_without_database(entry: Entry) -> str | None:
-    fields = [name for name in _OURS if name in entry.origins]
-    if isinstance(entry.schedule, Clocked):
-        fields.insert(0, "type = clocked")
-    return " and ".join(fields) and (
-        f"has {' and '.join(fields)}, which needs the schedule in the database: Celery's own "
-        "scheduler would not obey. Set ws_celery.beat = true in the section of the application, or "
-        "take it out"
-    )
+def _parsed(kind: object, schedule: object, typed: Mapping[str, Any]) -> object:
+    if not isinstance(kind, str) or kind not in SCHEDULE_TYPES:
+        types = ", ".join(SCHEDULE_TYPES)
+        raise Refused(
+            f"has the type {kind!r}, which is none of {types}", nearest(str(kind), SCHEDULE_TYPES)
+        )
+    for key, allowed in KEYS_OF_TYPES.items():
+        if typed.get(key) and kind not in allowed:
+            raise Refused(f"has the type {kind}, for which {key} has no meaning")
+    return parse_schedule(kind, schedule, typed.get("timezone"))
 
 
-def _problem_of_overlap(entry: Entry, app: Any) -> str | None:
-    reason = nothing_tells(app, entry) if entry.overlap == "skip" else None
-    return reason and (
-        "overlap = skip needs to know when the last run has ended, and nothing tells it: the task "
-        f"has no row in an outbox, and {reason}. Set overlap = allow, or keep its results"
-    )
+def _as_text(schedule: object) -> str:
+    return schedule if isinstance(schedule, str) else json.dumps(schedule, default=str)
 
 
-def _problem_of_timing(entry: Entry) -> str | None:
-    try:
-        due_tick(entry, None, datetime.now(timezone.utc))
-    except Exception as error:  # noqa: BLE001 - schedules are the application's own classes, too
-        return f"the schedule cannot tell its next tick: {error}"
-    return None
+def _refusal(key: str, value: object, error: Exception, expected: str) -> str:
+    """Return what is wrong with a field in words, whatever its conversion has raised."""
+    # The names of a task's parameters, by which its arguments are masked, are not known here.
+    value = MASK if key in ("args", "kwargs") else masked(key, value)
+    if not isinstance(error, Refused):
+        return f"{key} = {value!r} is not {expected} ({type(error).__name__}: {error})"
+    reason = str(error) or f"is not {expected}"
+    return f"{key} = {value!r} {reason}{_suggestion(error.close)}"
+
+
+def _suggestion(close: str | None) -> str:
+    return f"; did you mean {close}?" if close else ""

@@ -1,4 +1,4 @@
-"""The schedule in the database: what was edited, and who sends which tick.
+"""The schedule in the database: what was edited, and which ticks were sent.
 
 Each method takes a connection, and works in its transaction; those that people call make a
 transaction of their own without.
@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import selectors
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     Column,
     Connection,
     Engine,
     Float,
+    Insert,
     Integer,
     MetaData,
+    Row,
     String,
     Table,
     bindparam,
@@ -43,10 +45,12 @@ from ws_celery.masking import logger_of
 from ws_celery.outbox.store import Database
 from ws_celery.outbox.tables import LongText, Time, aware, seconds_from_now
 
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
 __all__ = (
     "Listener",
     "Locked",
-    "Revision",
     "Store",
     "schedule_table",
 )
@@ -87,6 +91,223 @@ def schedule_table(name: str = "ws_celery_schedule", metadata: MetaData | None =
     )
 
 
+class Locked(NamedTuple):
+    """Entries that no other beat can claim now.
+
+    :param now: the time, by the database's clock.
+    :param known: what is known of them; those that another beat has locked are missing.
+    """
+
+    now: datetime
+    known: dict[str, Known]
+
+
+class Store(Database):
+    """The schedule of an application in its database.
+
+    :param app: the Celery app.
+    :param table: name of the table.
+    """
+
+    part: Part = "schedule"
+
+    def __init__(self, app: PyramidCelery, table: str = "ws_celery_schedule") -> None:
+        super().__init__(app, schedule_table(table))
+        self._now = seconds_from_now(literal(0.0, Float))
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of the application's sessions; that of the outbox, if there is one."""
+        outbox = self.app.outbox
+        engine: Engine = super().engine if outbox is None else outbox.engine
+        return engine
+
+    def listener(self) -> Listener:
+        """Return what waits for an edit; it does not listen yet."""
+        return Listener(self)
+
+    @property
+    def channel(self) -> str:
+        """What PostgreSQL's NOTIFY calls changes of this table."""
+        return f"ws_celery_{sha256(self.table.fullname.encode()).hexdigest()[:16]}"
+
+    # What a beat reads and writes
+
+    def revision(self, connection: Connection) -> tuple[Hashable, datetime]:
+        """Return what changes with each edit, and the time by the database's clock."""
+        columns = self.table.c
+        found = select_(
+            func.count(), func.sum(columns.version), func.max(columns.changed_at), self._now
+        ).select_from(self.table)
+        rows, versions, changed_at, now = connection.execute(found).one()
+        return (rows, versions, changed_at), aware(now)
+
+    def load(self, connection: Connection | None = None) -> dict[str, Known]:
+        """Return what the database knows of each entry, by name."""
+        with self._in(connection) as own:
+            rows = own.execute(select_(self.table).order_by(self.table.c.name))
+            return {row.name: _known(row) for row in rows}
+
+    def register(self, connection: Connection, origins: Mapping[str, str]) -> None:
+        """Make the rows of entries that the database does not know yet.
+
+        :param origins: name to where the entry comes from.
+        """
+        made = {"version": 0, "changed_at": self._now}
+        rows = [{"name": name, "origin": origins[name]} for name in sorted(origins)]
+        if rows:
+            connection.execute(_insert_missing(self.table, connection).values(**made), rows)
+
+    def lock(self, connection: Connection, names: Iterable[str]) -> Locked:
+        """Lock entries until the transaction ends, so that nobody else claims their ticks.
+
+        What another beat has locked is left out: it is about to claim.
+        """
+        if connection.dialect.name == "sqlite":
+            # It locks the database at the first statement that writes, and not at one that reads.
+            connection.execute(delete(self.table).where(false()))
+        columns = self.table.c
+        found = select_(self.table).where(columns.name.in_(list(names)))
+        rows = connection.execute(found.with_for_update(skip_locked=True)).all()
+        now = connection.execute(select_(self._now)).scalar_one()
+        known = {row.name: _known(row) for row in rows}
+        return Locked(aware(now), known)
+
+    def advance(self, connection: Connection, ticks: Sequence[Mapping[str, Any]]) -> None:
+        """Store the last ticks of entries that are locked.
+
+        :param ticks: ``entry``, ``last_run_at`` and ``task_id`` of each, and ``sent_at``; also
+            ``run_requested_at``, if the run that somebody wants is still to come.
+        """
+        if ticks:
+            statement = update(self.table).where(self.table.c.name == bindparam("entry"))
+            statement = statement.values(
+                last_run_at=bindparam("last_run_at"),
+                task_id=bindparam("task_id"),
+                sent_at=bindparam("sent_at", None),
+                seen_at=func.coalesce(self.table.c.seen_at, self._now),
+                run_requested_at=bindparam("run_requested_at", None),
+            )
+            connection.execute(statement, ticks)
+
+    def now(self, connection: Connection | None = None) -> datetime:
+        """Return the time by the database's clock."""
+        with self._in(connection) as own:
+            return aware(own.execute(select_(self._now)).scalar_one())
+
+    def _in(self, connection: Connection | None) -> AbstractContextManager[Connection]:
+        return self.begin() if connection is None else nullcontext(connection)
+
+    # What people edit
+
+    def save(
+        self,
+        name: str,
+        /,
+        *,
+        origin: str = "database",
+        connection: Connection | None = None,
+        **fields: Any,
+    ) -> None:
+        """Edit fields of an entry; ``None`` takes back what was edited.
+
+        :param name: of the entry.
+        :param origin: where the entry comes from, if the database does not know it yet.
+        :param fields: what JSON can hold, such as :meth:`Entry.as_fields` returns.
+        """
+        with self._in(connection) as own:
+            edited = {**self._edited(own, name, origin), **fields}
+            left = {key: value for key, value in edited.items() if value is not None}
+            self._change(own, name, fields=json.dumps(left) if left else None)
+
+    def request_run(
+        self, name: str, *, origin: str = "database", connection: Connection | None = None
+    ) -> None:
+        """Let a beat send an entry now, once, whatever its schedule; see :meth:`save`."""
+        with self._in(connection) as own:
+            self._edited(own, name, origin)
+            self._change(own, name, run_requested_at=self._now)
+
+    def restart(self, name: str, origin: str, connection: Connection) -> None:
+        """Count the ticks of an entry from now on: those before were not its own.
+
+        :param origin: where it comes from; it may have come from elsewhere before.
+        """
+        self._change(connection, name, origin=origin, last_run_at=self._now)
+
+    def remove(self, name: str, connection: Connection | None = None) -> None:
+        """Forget an entry of the database, or what was edited of another one.
+
+        :raises NotFound: if the database does not know it.
+        """
+        columns = self.table.c
+        with self._in(connection) as own:
+            found = select_(columns.origin).where(columns.name == name).with_for_update()
+            origin = own.scalar(found)
+            if origin is None:
+                raise NotFound("entry", name)
+            if origin == "database":
+                own.execute(delete(self.table).where(columns.name == name))
+                self._notify(own)
+            else:
+                self._change(own, name, fields=None)
+
+    def _edited(self, connection: Connection, name: str, origin: str) -> Mapping[str, Any]:
+        """Lock the row of an entry, and return what was edited; it is made if it is missing."""
+        self.register(connection, {name: origin})
+        found = select_(self.table).where(self.table.c.name == name).with_for_update()
+        return _known(connection.execute(found).one()).fields
+
+    def _change(self, connection: Connection, name: str, **values: Any) -> None:
+        columns = self.table.c
+        values.update(version=columns.version + 1, changed_at=self._now)
+        connection.execute(update(self.table).where(columns.name == name).values(**values))
+        self._notify(connection)
+
+    def _notify(self, connection: Connection) -> None:
+        if connection.dialect.name == "postgresql":
+            connection.execute(select_(func.pg_notify(self.channel, "")))
+
+
+def _insert_missing(table: Table, connection: Connection) -> Insert:
+    """Return the statement that inserts rows, and does nothing to those that are there."""
+    dialect = connection.dialect.name
+    if dialect == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    if dialect == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    if dialect in ("mysql", "mariadb"):
+        return mysql.insert(table).prefix_with("IGNORE")
+    return insert(table)
+
+
+def _known(row: Row[Any]) -> Known:
+    fields, problem = _fields(row.fields)
+    return Known(
+        name=row.name,
+        origin=row.origin,
+        fields=fields,
+        problem=problem,
+        last_run_at=row.last_run_at and aware(row.last_run_at),
+        task_id=row.task_id,
+        sent_at=row.sent_at and aware(row.sent_at),
+        seen_at=row.seen_at and aware(row.seen_at),
+        run_requested_at=row.run_requested_at and aware(row.run_requested_at),
+        version=row.version,
+    )
+
+
+def _fields(text: str | None) -> tuple[dict[str, Any], str | None]:
+    """Return the fields that a text holds, and what is wrong with it: people write it by hand."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        return {}, f"fields in the database are no JSON ({error})"
+    if not isinstance(found, dict):
+        return {}, "fields in the database are no JSON object"
+    return found, None
+
+
 class Listener:
     """Listens to NOTIFY, on a connection of its own.
 
@@ -95,11 +316,11 @@ class Listener:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._connection: Any = None
+        self._connection: Connection | None = None
         self._driver: Any = None
 
     def open(self) -> None:
-        """Begin to listen, unless it does; nothing happens where the database cannot tell."""
+        """Begin to listen, unless it does; only PostgreSQL can notify."""
         engine = self._store.engine
         if self._connection is not None or engine.dialect.name != "postgresql":
             return
@@ -134,235 +355,3 @@ class Listener:
         if connection is not None:
             connection.invalidate()  # it listens: not for the pool
             connection.close()
-
-
-class Revision(NamedTuple):
-    """Tells one state of what was edited from another.
-
-    :param rows: how many entries are known.
-    :param versions: the sum of their versions.
-    :param changed_at: the time of the last edit.
-    """
-
-    rows: int
-    versions: int
-    changed_at: datetime | None
-
-
-class Locked(NamedTuple):
-    """Entries that nobody else can claim now.
-
-    :param now: the time, by the database's clock.
-    :param known: what is known of them; those that another beat holds are missing.
-    """
-
-    now: datetime
-    known: dict[str, Known]
-
-
-class Store(Database):
-    """The schedule of an application in its database.
-
-    :param app: the Celery app.
-    :param table: name of the table.
-    """
-
-    part: Part = "schedule"
-
-    def __init__(self, app: Any, table: str = "ws_celery_schedule") -> None:
-        super().__init__(app, schedule_table(table))
-        self._now = seconds_from_now(literal(0.0, Float))
-
-    @cached_property
-    def engine(self) -> Engine:
-        """The engine of the application's sessions; that of the outbox, if there is one."""
-        outbox = self.app.outbox
-        engine: Engine = super().engine if outbox is None else outbox.engine
-        return engine
-
-    @property
-    def channel(self) -> str:
-        """What PostgreSQL's NOTIFY calls changes of this table."""
-        return f"ws_celery_{sha256(self.table.fullname.encode()).hexdigest()[:16]}"
-
-    # What was edited
-
-    def load(self, connection: Connection | None = None) -> dict[str, Known]:
-        """Return what the database knows of each entry, by name."""
-        with self._in(connection) as own:
-            rows = own.execute(select_(self.table).order_by(self.table.c.name))
-            return {row.name: _known(row) for row in rows}
-
-    def revision(self, connection: Connection) -> tuple[Revision, datetime]:
-        """Return which edits there are, and the time by the database's clock."""
-        columns = self.table.c
-        found = select_(
-            func.count(), func.sum(columns.version), func.max(columns.changed_at), self._now
-        ).select_from(self.table)
-        rows, versions, changed_at, now = connection.execute(found).one()
-        return Revision(rows, int(versions or 0), changed_at), aware(now)
-
-    def now(self, connection: Connection | None = None) -> datetime:
-        """Return the time by the database's clock."""
-        with self._in(connection) as own:
-            return aware(own.execute(select_(self._now)).scalar_one())
-
-    def save(
-        self,
-        name: str,
-        /,
-        *,
-        origin: str = "database",
-        connection: Connection | None = None,
-        **fields: Any,
-    ) -> None:
-        """Edit fields of an entry; ``None`` takes back what was edited.
-
-        :param name: of the entry.
-        :param origin: where the entry comes from, if the database does not know it yet.
-        :param fields: what JSON can hold, such as :meth:`Entry.as_fields` returns.
-        """
-        with self._in(connection) as own:
-            edited = {**self._edited(own, name, origin), **fields}
-            left = {key: value for key, value in edited.items() if value is not None}
-            self._change(own, name, fields=json.dumps(left) if left else None)
-
-    def enable(self, name: str, **options: Any) -> None:
-        """Switch an entry on; see :meth:`save`."""
-        self.save(name, enabled=True, **options)
-
-    def disable(self, name: str, **options: Any) -> None:
-        """Switch an entry off; see :meth:`save`."""
-        self.save(name, enabled=False, **options)
-
-    def request_run(
-        self, name: str, *, origin: str = "database", connection: Connection | None = None
-    ) -> None:
-        """Let a beat send an entry now, once, whatever its schedule; see :meth:`save`."""
-        with self._in(connection) as own:
-            self._edited(own, name, origin)
-            self._change(own, name, run_requested_at=self._now)
-
-    def restart(self, name: str, origin: str, connection: Connection) -> None:
-        """Count the ticks of an entry from now on: those before were not its own.
-
-        :param origin: where it comes from; it may have come from elsewhere before.
-        """
-        self._change(connection, name, origin=origin, last_run_at=self._now)
-
-    def remove(self, name: str, connection: Connection | None = None) -> None:
-        """Forget an entry of the database, or what was edited of another one.
-
-        :raises NotFound: if the database does not know it.
-        """
-        columns = self.table.c
-        with self._in(connection) as own:
-            found = select_(columns.origin).where(columns.name == name).with_for_update()
-            origin = own.scalar(found)
-            if origin is None:
-                raise NotFound("entry", name)
-            if origin == "database":
-                own.execute(delete(self.table).where(columns.name == name))
-                self._notify(own)
-            else:
-                self._change(own, name, fields=None)
-
-    def _in(self, connection: Connection | None) -> AbstractContextManager[Connection]:
-        return self.begin() if connection is None else nullcontext(connection)
-
-    def _edited(self, connection: Connection, name: str, origin: str) -> Mapping[str, Any]:
-        """Lock the row of an entry, and return what was edited; it is made if it is missing."""
-        self.register(connection, {name: origin})
-        found = select_(self.table).where(self.table.c.name == name).with_for_update()
-        return _known(connection.execute(found).one()).fields
-
-    def _change(self, connection: Connection, name: str, **values: Any) -> None:
-        columns = self.table.c
-        values.update(version=columns.version + 1, changed_at=self._now)
-        connection.execute(update(self.table).where(columns.name == name).values(**values))
-        self._notify(connection)
-
-    def _notify(self, connection: Connection) -> None:
-        if connection.dialect.name == "postgresql":
-            connection.execute(select_(func.pg_notify(self.channel, "")))
-
-    # What is sent
-
-    def register(self, connection: Connection, origins: Mapping[str, str]) -> None:
-        """Make the rows of entries that the database does not know yet.
-
-        :param origins: name to where the entry comes from.
-        """
-        made = {"version": 0, "changed_at": self._now}
-        rows = [{"name": name, "origin": origins[name]} for name in sorted(origins)]
-        if rows:
-            connection.execute(_insert_missing(self.table, connection).values(**made), rows)
-
-    def lock(self, connection: Connection, names: Iterable[str]) -> Locked:
-        """Lock entries until the transaction ends, so that nobody else claims their ticks.
-
-        What another beat has locked is left out: it is about to claim.
-        """
-        if connection.dialect.name == "sqlite":
-            # It locks the database at the first statement that writes, and not at one that reads.
-            connection.execute(delete(self.table).where(false()))
-        columns = self.table.c
-        found = select_(self.table).where(columns.name.in_(list(names)))
-        rows = connection.execute(found.with_for_update(skip_locked=True)).all()
-        return Locked(self.now(connection), {row.name: _known(row) for row in rows})
-
-    def advance(self, connection: Connection, ticks: Sequence[Mapping[str, Any]]) -> None:
-        """Store the last ticks of entries that are locked.
-
-        :param ticks: ``entry``, ``last_run_at`` and ``task_id`` of each, and ``sent_at``; also
-            ``run_requested_at``, if the run that somebody wants is still to come.
-        """
-        if ticks:
-            statement = update(self.table).where(self.table.c.name == bindparam("entry"))
-            statement = statement.values(
-                last_run_at=bindparam("last_run_at"),
-                task_id=bindparam("task_id"),
-                sent_at=bindparam("sent_at", None),
-                seen_at=func.coalesce(self.table.c.seen_at, self._now),
-                run_requested_at=bindparam("run_requested_at", None),
-            )
-            connection.execute(statement, ticks)
-
-
-def _insert_missing(table: Any, connection: Connection) -> Any:
-    """Return the statement that inserts rows, and does nothing to those that are there."""
-    dialect = connection.dialect.name
-    if dialect == "postgresql":
-        return postgresql.insert(table).on_conflict_do_nothing()
-    if dialect == "sqlite":
-        return sqlite.insert(table).on_conflict_do_nothing()
-    if dialect in ("mysql", "mariadb"):
-        return mysql.insert(table).prefix_with("IGNORE")
-    return insert(table)
-
-
-def _known(row: Any) -> Known:
-    fields, problem = _fields(row.fields)
-    return Known(
-        name=row.name,
-        origin=row.origin,
-        fields=fields,
-        problem=problem,
-        last_run_at=row.last_run_at and aware(row.last_run_at),
-        task_id=row.task_id,
-        sent_at=row.sent_at and aware(row.sent_at),
-        seen_at=row.seen_at and aware(row.seen_at),
-        run_requested_at=row.run_requested_at and aware(row.run_requested_at),
-        version=row.version,
-    )
-
-
-def _fields(text: str | None) -> tuple[dict[str, Any], str | None]:
-    """Return the fields that a text holds, and what is wrong with it: people write it by hand."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        return {}, f"fields in the database are no JSON ({error})"
-    if not isinstance(found, dict):
-        return {}, "fields in the database are no JSON object"
-    return found, None

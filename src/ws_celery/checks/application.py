@@ -16,8 +16,7 @@ from kombu.serialization import prepare_accept_content
 from kombu.serialization import registry as serializers
 from pyramid.settings import asbool
 
-from ws_celery.beat.entries import problem_of_queue
-from ws_celery.beat.sources import entries_of, problems_of_sources
+from ws_celery.beat.sources import entries_of, problem_of_queue, problems_of_sources
 from ws_celery.embedded import SCHEME, EmbeddedBroker
 from ws_celery.exceptions import ConfigurationError, Fault, WsCeleryError
 from ws_celery.inspection import outbox_state

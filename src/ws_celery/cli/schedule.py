@@ -5,138 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.tables import LIMIT, echo, table
+from ws_celery.cli.tables import LIMIT, echo, fields_of, table, time_of
 from ws_celery.converters import Refused, json_value
 from ws_celery.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from ws_celery.inspection import ComingTick, ScheduleEntry, ScheduleHealth
+    from ws_celery.app import PyramidCelery
+    from ws_celery.inspection import ScheduleEntry
 
-__all__ = (
-    "cells",
-    "health_lines",
-    "others",
-    "read_entries",
-    "schedule",
-    "standing",
-    "tick_cells",
-    "time_text",
-    "value_text",
-    "written",
-)
-
-
-def cells(entry: ScheduleEntry) -> tuple[str, ...]:
-    """Return the cells of a row of the table of entries."""
-    origin = entry.origin
-    if entry.edited:
-        origin = f"{origin}; database: {', '.join(entry.edited)}"
-    return (
-        entry.name,
-        entry.task,
-        entry.schedule,
-        entry.state,
-        origin,
-        time_text(entry.last_tick),
-        time_text(entry.next_tick),
-    )
-
-
-def others(entry: ScheduleEntry, field: str) -> str:
-    """Return what other sources say of a field, which does not count."""
-    others = entry.overridden.get(field, {})
-    return ", ".join(f"{value_text(value)} ({source})" for source, value in others.items())
-
-
-def standing(entry: ScheduleEntry) -> Iterator[str]:
-    """Yield lines that say where an entry stands."""
-    yield f"state      {entry.state}"
-    yield f"runs       {entry.schedule}"
-    if entry.problem:
-        yield f"problem    {entry.problem}"
-    yield f"last tick  {time_text(entry.last_tick) or 'none that is known'}"
-    yield f"next tick  {time_text(entry.next_tick) or 'none'}"
-    if entry.task_id:
-        yield f"last task  {entry.task_id}"
-    if entry.run_requested_at:
-        yield f"wanted     now, since {time_text(entry.run_requested_at)}"
-
-
-def tick_cells(tick: ComingTick) -> tuple[str, ...]:
-    """Return the cells of a row of the table of ticks."""
-    return time_text(tick.time), tick.name, tick.task
-
-
-def health_lines(found: ScheduleHealth) -> Iterator[str]:
-    """Yield lines that say how beats do."""
-    if found.age is None:
-        yield "No beat has sent anything yet."
-    else:
-        yield f"The last tick was {found.age:.0f} s ago."
-    if found.overdue:
-        yield f"Overdue: {', '.join(found.overdue)}."
-    if found.unseen:
-        yield f"No beat has looked at: {', '.join(found.unseen)}."
-    yield "healthy" if found.is_healthy else "not healthy"
-
-
-def value_text(value: Any) -> str:
-    """Return the value of a field as people would write it."""
-    return json.dumps(value) if isinstance(value, (Mapping, list, bool)) else str(value)
-
-
-def time_text(time: datetime | None) -> str:
-    """Return a time in UTC, to the second; nothing for none."""
-    return time.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S") if time else ""
-
-
-def read_entries(file: Path) -> dict[str, Any]:
-    """Return the entries of a JSON file.
-
-    :raises ConfigurationError: if it holds none.
-    """
-    try:
-        entries = json_value(file.read_text(encoding="utf-8"))
-    except (Refused, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"{file}: {error}. `ws-celery schedule export` prints what can be read here."
-        ) from None
-    if not isinstance(entries, dict):
-        raise ConfigurationError(
-            f'{file}: is no JSON object of entries, such as {{"nightly": {{"enabled": false}}}}.'
-        )
-    return entries
-
-
-def written(entries: Mapping[str, Mapping[str, Any]], form: str) -> Iterator[str]:
-    """Yield the lines of a file.
-
-    :param form: ``json`` or ``ini``.
-    """
-    if form == "json":
-        yield json.dumps(entries, indent=2, ensure_ascii=False)
-        return
-    for name, fields in entries.items():
-        yield f"[celerybeat:{name}]"
-        for field, value in fields.items():
-            yield f"{field} = {_ini_text(value)}"
-        yield ""
-
-
-def _ini_text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return " ".join(text.splitlines()).replace("%", "%%")
-
+__all__ = ("schedule",)
 
 _HEADINGS = ("ENTRY", "TASK", "SCHEDULE", "STATE", "FROM", "LAST TICK", "NEXT TICK")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+_names = click.argument("names", metavar="NAME...", nargs=-1, required=True)
 _fields = click.argument("fields", metavar="FIELD=VALUE...", nargs=-1)
 
 
@@ -173,12 +61,25 @@ def list_entries(context: click.Context, as_json: bool) -> None:
         echo(json.dumps([entry.as_dict() for entry in entries], indent=2))
         return
     if entries:
-        for line in table(_HEADINGS, [cells(entry) for entry in entries], 4, 2, 1, 0, left_out=5):
+        for line in table(_HEADINGS, [_cells(entry) for entry in entries], 4, 2, 1, 0, left_out=5):
             echo(line)
     for entry in entries:
         if entry.problem:
             echo(f"{entry.name}: {entry.problem}.")
     echo(f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}.")
+
+
+def _cells(entry: ScheduleEntry) -> tuple[str, ...]:
+    edited = f"; database: {', '.join(entry.edited)}" if entry.edited else ""
+    return (
+        entry.name,
+        entry.task,
+        entry.schedule,
+        entry.state,
+        f"{entry.origin}{edited}",
+        time_of(entry.last_tick),
+        time_of(entry.next_tick),
+    )
 
 
 @schedule.command
@@ -192,14 +93,34 @@ def show(context: click.Context, name: str, as_json: bool) -> None:
         echo(json.dumps(entry.as_dict(), indent=2))
         return
     rows = [
-        (field, value_text(value), entry.origins.get(field, ""), others(entry, field))
+        (field, _text(value), entry.origins.get(field, ""), _overridden(entry, field))
         for field, value in entry.fields.items()
     ]
     for line in table(("FIELD", "VALUE", "FROM", "INSTEAD OF"), rows, 3, 1):
         echo(line)
     echo()
-    for line in standing(entry):
+    wanted = entry.run_requested_at and f"now, since {time_of(entry.run_requested_at)}"
+    standing = {
+        "state": entry.state,
+        "runs": entry.schedule,
+        "problem": entry.problem,
+        "last tick": time_of(entry.last_tick) or "none that is known",
+        "next tick": time_of(entry.next_tick) or "none",
+        "last task": entry.task_id,
+        "wanted": wanted,
+    }
+    for line in fields_of(standing):
         echo(line)
+
+
+def _text(value: object) -> str:
+    return json.dumps(value) if isinstance(value, (Mapping, list, bool)) else str(value)
+
+
+def _overridden(entry: ScheduleEntry, field: str) -> str:
+    """Return what other sources say of a field, which does not count."""
+    others = entry.overridden.get(field, {})
+    return ", ".join(f"{_text(value)} ({source})" for source, value in others.items())
 
 
 @schedule.command(name="next")
@@ -217,9 +138,8 @@ def next_ticks(
         echo(json.dumps([tick.as_dict() for tick in ticks], indent=2))
         return
     if ticks:
-        for line in table(
-            ("TIME (UTC)", "ENTRY", "TASK"), [tick_cells(each) for each in ticks], 2, 1
-        ):
+        rows = [(time_of(tick.time), tick.name, tick.task) for tick in ticks]
+        for line in table(("TIME (UTC)", "ENTRY", "TASK"), rows, 2, 1):
             echo(line)
     if len(ticks) == limit:
         echo(f"The first {limit}; --limit shows more.")
@@ -246,8 +166,15 @@ def health(context: click.Context, late: float, as_json: bool) -> None:
     if as_json:
         echo(json.dumps(found.as_dict(), indent=2))
     else:
-        for line in health_lines(found):
-            echo(line)
+        if found.age is None:
+            echo("No beat has sent anything yet.")
+        else:
+            echo(f"The last tick was {found.age:.0f} s ago.")
+        if found.overdue:
+            echo(f"Overdue: {', '.join(found.overdue)}.")
+        if found.unseen:
+            echo(f"No beat has looked at: {', '.join(found.unseen)}.")
+        echo("healthy" if found.is_healthy else "not healthy")
     sys.exit(0 if found.is_healthy else 1)
 
 
@@ -287,7 +214,7 @@ def edit(context: click.Context, name: str, fields: Sequence[str], reset: Sequen
 
 
 @schedule.command
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@_names
 @click.pass_context
 def enable(context: click.Context, names: Sequence[str]) -> None:
     """Switch entries on; what they have missed is not caught up with."""
@@ -297,7 +224,7 @@ def enable(context: click.Context, names: Sequence[str]) -> None:
 
 
 @schedule.command
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@_names
 @click.pass_context
 def disable(context: click.Context, names: Sequence[str]) -> None:
     """Switch entries off."""
@@ -307,7 +234,7 @@ def disable(context: click.Context, names: Sequence[str]) -> None:
 
 
 @schedule.command
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@_names
 @click.pass_context
 def remove(context: click.Context, names: Sequence[str]) -> None:
     """Delete entries of the database, and what was edited of those of INI and code."""
@@ -317,7 +244,7 @@ def remove(context: click.Context, names: Sequence[str]) -> None:
 
 
 @schedule.command
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@_names
 @click.pass_context
 def run(context: click.Context, names: Sequence[str]) -> None:
     """Let a beat send entries now, once, whatever their schedule says."""
@@ -344,11 +271,24 @@ def export(context: click.Context, everything: bool, form: str) -> None:
     """Print what the database says of the schedule; secrets are not masked."""
     app = _app(context)
     entries = inspection.export_schedule(app, everything=everything)
-    for line in written(entries, form):
-        echo(line)
+    if form == "json":
+        echo(json.dumps(entries, indent=2, ensure_ascii=False))
+    else:
+        for line in _sections(entries):
+            echo(line)
     if left_out := inspection.unexported_entries(app, everything=everything):
         names = ", ".join(left_out)
         echo(f"Left out, because they cannot be imported: {names}.", err=True)
+
+
+def _sections(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of an INI file."""
+    for name, fields in entries.items():
+        yield f"[celerybeat:{name}]"
+        for field, value in fields.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield f"{field} = {' '.join(text.splitlines()).replace('%', '%%')}"
+        yield ""
 
 
 @schedule.command(name="import")
@@ -360,15 +300,34 @@ def import_entries(context: click.Context, file: Path, once: bool, replace: bool
     """Read the entries of a JSON file that export has printed; all of them, or none."""
     if once == replace:
         raise click.UsageError("Give --once or --replace: what is to become of edited entries?")
-    outcome = inspection.import_schedule(_app(context), read_entries(file), replace=replace)
+    outcome = inspection.import_schedule(_app(context), _read_entries(file), replace=replace)
     counts = (len(outcome.added), len(outcome.replaced), len(outcome.left))
     echo("Added {}, replaced {}, left {} as they are.".format(*counts))
     if outcome.over:
         echo(f"Left out, because their time is past: {', '.join(outcome.over)}.", err=True)
 
 
-def _app(context: click.Context) -> Any:
-    return context.obj.app
+def _read_entries(file: Path) -> dict[str, Any]:
+    """Return the entries of a JSON file.
+
+    :raises ConfigurationError: if it holds none.
+    """
+    try:
+        entries = json_value(file.read_text(encoding="utf-8"))
+    except (Refused, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{file}: {error}. `ws-celery schedule export` prints what can be read here."
+        ) from None
+    if not isinstance(entries, dict):
+        raise ConfigurationError(
+            f'{file}: is no JSON object of entries, such as {{"nightly": {{"enabled": false}}}}.'
+        )
+    return entries
+
+
+def _app(context: click.Context) -> PyramidCelery:
+    app: PyramidCelery = context.obj.app
+    return app
 
 
 def _given(fields: Sequence[str]) -> dict[str, str]:
@@ -386,6 +345,6 @@ def _given(fields: Sequence[str]) -> dict[str, str]:
 def _show_next(context: click.Context, name: str) -> None:
     entry = inspection.schedule_entry(_app(context), name)
     if entry.state == "on":
-        echo(f"{name}: {entry.schedule}; the next tick is {time_text(entry.next_tick)} UTC.")
+        echo(f"{name}: {entry.schedule}; the next tick is {time_of(entry.next_tick)} UTC.")
     else:
         echo(f"{name}: {entry.schedule}; {entry.state}.")

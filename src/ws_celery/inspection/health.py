@@ -57,7 +57,7 @@ class ScheduleHealth:
         return as_json({**asdict(self), "is_healthy": self.is_healthy})
 
 
-def schedule_health(source: Any, late: timedelta = timedelta(minutes=1)) -> ScheduleHealth:
+def schedule_health(source: object, late: timedelta = timedelta(minutes=1)) -> ScheduleHealth:
     """Look whether beats send the ticks of the schedule in time.
 
     :param late: by how much a tick may be late.
@@ -115,7 +115,7 @@ class _NotHealthy(WsCeleryError):
 
 
 def health(  # noqa: PLR0913 - a probe says all of it in one line
-    source: Any,
+    source: object,
     *,
     parts: Sequence[str] = (),
     workers: Sequence[str] = (),
@@ -171,7 +171,7 @@ def _nothing_to_probe(part: str, parts: Iterable[str]) -> ConfigurationError:
 
 
 class _Answer:
-    """What a probe finds out, in a thread that nobody waits for without end."""
+    """What a probe finds out, in a thread that is waited for until a deadline only."""
 
     def __init__(self, name: str, probe: Callable[[], str]) -> None:
         self._name, self._probe = name, probe
@@ -249,7 +249,7 @@ def _file(path: Path, max_age: float) -> str:
         age = time.time() - path.stat().st_mtime
     except OSError as error:
         raise _NotHealthy(f"{path}: {error.strerror}") from error
-    said = f"{path} was touched {max(age, 0):.0f} seconds ago"
+    detail = f"{path} was touched {max(age, 0):.0f} seconds ago"
     if age > max_age:
-        raise _NotHealthy(said)
-    return said
+        raise _NotHealthy(detail)
+    return detail

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import islice
 from typing import Any
 
-from ws_celery.app import get_celery_app
+from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.beat.entries import FIELDS, Entry, Known
 from ws_celery.beat.sources import entries_of, entry_of, fields_by_source
 from ws_celery.beat.ticks import ticks_between
@@ -53,7 +53,7 @@ class ScheduleEntry:
     :param next_tick: the tick that comes next.
     :param run_requested_at: since when somebody wants it to be run now.
     :param task_id: the id of the task that was sent last.
-    :param fields: all that is said of it, as the INI has it, secrets masked.
+    :param fields: all its fields, as the INI has them, secrets masked.
     """
 
     name: str
@@ -100,7 +100,7 @@ class ComingTick:
         return as_json(asdict(self))
 
 
-def create_schedule(source: Any) -> bool:
+def create_schedule(source: object) -> bool:
     """Create the table of the schedule if it is missing.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
@@ -112,18 +112,17 @@ def create_schedule(source: Any) -> bool:
     app = get_celery_app(source)
     if app.schedule is None:
         raise NotIncluded("schedule")
-    created: bool = app.schedule.create_table()
-    return created
+    return bool(app.schedule.create_table())
 
 
-def schedule_entries(source: Any) -> list[ScheduleEntry]:
+def schedule_entries(source: object) -> list[ScheduleEntry]:
     """Return all entries by name: also those that are off, set aside or orphaned."""
     app, known, now = look(source)
-    entries, said = entries_of(app, known), fields_by_source(app)
-    return [_shown(app, entries[name], _known(known, name), now, said) for name in sorted(entries)]
+    entries, sources = entries_of(app, known), fields_by_source(app)
+    return [_shown(app, entries[name], known.get(name), now, sources) for name in sorted(entries)]
 
 
-def schedule_entry(source: Any, name: str) -> ScheduleEntry:
+def schedule_entry(source: object, name: str) -> ScheduleEntry:
     """Return one entry.
 
     :raises NotFound: if there is none of this name.
@@ -132,11 +131,11 @@ def schedule_entry(source: Any, name: str) -> ScheduleEntry:
     entry = entry_of(app, name, known.get(name))
     if entry is None:
         raise NotFound("entry", name)
-    return _shown(app, entry, _known(known, name), now, fields_by_source(app))
+    return _shown(app, entry, known.get(name), now, fields_by_source(app))
 
 
 def coming_ticks(
-    source: Any, within: timedelta, names: Iterable[str] = (), limit: int | None = 1000
+    source: object, within: timedelta, names: Iterable[str] = (), limit: int | None = 1000
 ) -> list[ComingTick]:
     """Return the ticks to come, the earliest first.
 
@@ -153,11 +152,20 @@ def coming_ticks(
     for name in wanted:
         if name not in entries:
             raise NotFound("entry", name)
-    ticks = (_coming(entries[name], _known(known, name), now, now + within) for name in wanted)
+    ticks = (_coming(entries[name], known.get(name), now, now + within) for name in wanted)
     return list(islice(heapq.merge(*ticks, key=lambda tick: (tick.time, tick.name)), limit))
 
 
-def look(source: Any) -> tuple[Any, dict[str, Known], datetime]:
+def _coming(
+    entry: Entry, known: Known | None, now: datetime, until: datetime
+) -> Iterator[ComingTick]:
+    if entry.ticks:
+        last = known.last_run_at if known else None
+        for time in ticks_between(entry, last, now, until):
+            yield ComingTick(time, entry.name, entry.task)
+
+
+def look(source: object) -> tuple[PyramidCelery, dict[str, Known], datetime]:
     """Return the app, what the database knows of its schedule, and the time by its clock."""
     app = get_celery_app(source)
     if app.schedule is None:
@@ -166,15 +174,19 @@ def look(source: Any) -> tuple[Any, dict[str, Known], datetime]:
         return app, app.schedule.load(connection), app.schedule.now(connection)
 
 
-def _known(known: Mapping[str, Known], name: str) -> Known:
-    return known.get(name) or Known(name, "")
-
-
 def _shown(
-    app: Any, entry: Entry, known: Known, now: datetime, said: Mapping[str, Any]
+    app: PyramidCelery,
+    entry: Entry,
+    known: Known | None,
+    now: datetime,
+    sources: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> ScheduleEntry:
-    last = known.last_run_at
-    entry, coming = _with_coming(entry, last, now)
+    known, coming = known or Known(entry.name, entry.origin), None
+    if entry.ticks:
+        try:
+            coming = next(ticks_between(entry, known.last_run_at, now, _FOREVER), None)
+        except Exception as error:  # noqa: BLE001 - one schedule must not hide the others
+            entry = replace(entry, problem=f"the schedule cannot tell its next tick: {error}")
     return ScheduleEntry(
         name=entry.name,
         task=entry.task,
@@ -183,25 +195,13 @@ def _shown(
         problem=entry.problem and masked_text(entry.problem),
         origin=known.origin if entry.orphaned else entry.origin,
         origins=dict(entry.origins),
-        overridden=_overridden(app, entry, said),
+        overridden=_overridden(app, entry, sources),
         last_tick=known.last_tick,
         next_tick=coming,
         run_requested_at=known.run_requested_at,
         task_id=known.task_id,
         fields=_masked(app, entry.task, entry.as_fields()),
     )
-
-
-def _with_coming(
-    entry: Entry, last: datetime | None, now: datetime
-) -> tuple[Entry, datetime | None]:
-    """Return an entry and its next tick; with a problem, if it cannot tell that."""
-    if not entry.ticks:
-        return entry, None
-    try:
-        return entry, next(ticks_between(entry, last, now, _FOREVER), None)
-    except Exception as error:  # noqa: BLE001 - one schedule must not hide the others
-        return replace(entry, problem=f"the schedule cannot tell its next tick: {error}"), None
 
 
 def _state(entry: Entry, coming: datetime | None) -> str:
@@ -214,20 +214,22 @@ def _state(entry: Entry, coming: datetime | None) -> str:
     return "ended" if coming is None else "on"
 
 
-def _overridden(app: Any, entry: Entry, said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _overridden(
+    app: PyramidCelery, entry: Entry, sources: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for source, entries in said.items():
+    for source, entries in sources.items():
         for name, value in _masked(app, entry.task, entries.get(entry.name, {})).items():
             if entry.origins.get(name) != source:
                 found.setdefault(name, {})[source] = as_json(value)
     return found
 
 
-def _masked(app: Any, task: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _masked(app: PyramidCelery, task: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     shown = dict(fields)
     if call := {"args", "kwargs"} & fields.keys():
-        told = shown_arguments(app, task, fields.get("args"), fields.get("kwargs"))
-        shown.update({name: told[name] for name in call})
+        arguments = shown_arguments(app, task, fields.get("args"), fields.get("kwargs"))
+        shown.update({name: arguments[name] for name in call})
     if "options" in fields:
         shown["options"] = shown_value(app, "", fields["options"])
     if fields.get("description"):
@@ -235,13 +237,8 @@ def _masked(app: Any, task: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _coming(entry: Entry, known: Known, now: datetime, until: datetime) -> Iterator[ComingTick]:
-    if entry.ticks:
-        for time in ticks_between(entry, known.last_run_at, now, until):
-            yield ComingTick(time, entry.name, entry.task)
-
-
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> Any:
+    """Return a value as JSON has it, times in UTC."""
     if isinstance(value, Mapping):
         return {key: as_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

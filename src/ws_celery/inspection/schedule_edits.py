@@ -10,24 +10,33 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ws_celery.app import get_celery_app
-from ws_celery.beat.entries import FIELDS, TIMING, Entry, Known, problem_of_name
-from ws_celery.beat.sources import check_fields, entries_of, entry_of
+from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.beat.entries import (
+    FIELDS,
+    TIMING,
+    Entry,
+    Known,
+    check_fields,
+    problem_of_name,
+    unknown_field,
+)
+from ws_celery.beat.sources import entries_of, entry_of
 from ws_celery.beat.ticks import next_tick
-from ws_celery.converters import Refused, nearest
+from ws_celery.converters import Refused
 from ws_celery.exceptions import EntryRefused, NotFound, NotIncluded
 
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from ws_celery.beat.store import Store
+
 __all__ = (
-    "Editing",
-    "EntryIsOver",
     "Imported",
     "add_schedule_entry",
     "disable_schedule_entry",
     "edit_schedule_entry",
-    "editing",
     "enable_schedule_entry",
     "export_schedule",
     "import_schedule",
@@ -40,7 +49,7 @@ __all__ = (
 _WHERE = {"code": "the application's code", "ini": "the INI file", "database": "the database"}
 
 
-def add_schedule_entry(source: Any, name: str, fields: Mapping[str, Any]) -> None:
+def add_schedule_entry(source: object, name: str, fields: Mapping[str, Any]) -> None:
     """Add an entry to the schedule.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
@@ -50,7 +59,7 @@ def add_schedule_entry(source: Any, name: str, fields: Mapping[str, Any]) -> Non
     :param fields: those of ``[celerybeat:NAME]``, as texts or as JSON has them.
     :raises EntryRefused: if there is one of this name, or beat would set it aside.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         found = edit.entry(name)
         if found is not None:
             raise EntryRefused(
@@ -62,7 +71,7 @@ def add_schedule_entry(source: Any, name: str, fields: Mapping[str, Any]) -> Non
 
 
 def edit_schedule_entry(
-    source: Any, name: str, fields: Mapping[str, Any], reset: Iterable[str] = ()
+    source: object, name: str, fields: Mapping[str, Any], reset: Iterable[str] = ()
 ) -> None:
     """Change fields of an entry, wherever it comes from.
 
@@ -71,37 +80,47 @@ def edit_schedule_entry(
     :raises NotFound: if there is none of this name.
     :raises EntryRefused: if beat would set it aside.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         entry = edit.find(name)
         given = _with_whole_timing(entry, fields)
         edit.save(name, {**dict.fromkeys(_whole_reset(name, reset)), **given})
 
 
-def enable_schedule_entry(source: Any, name: str) -> None:
+def enable_schedule_entry(source: object, name: str) -> None:
     """Switch an entry on; what it has missed meanwhile is not caught up with."""
-    with editing(source) as edit:
+    with _editing(source) as edit:
         _refuse_unfit(edit.find(name))
-        edit.save(name, {"enabled": None if edit.is_enabled_by_others(name) else True})
+        known = edit.known.get(name) or Known(name, "database")
+        rest = {key: value for key, value in known.fields.items() if key != "enabled"}
+        is_on_without = _merged(edit.app, replace(known, fields=rest)).enabled
+        edit.save(name, {"enabled": None if is_on_without else True})
 
 
-def disable_schedule_entry(source: Any, name: str) -> None:
+def disable_schedule_entry(source: object, name: str) -> None:
     """Switch an entry off: it has no ticks until it is switched on.
 
     :raises EntryRefused: if what the database says of it cannot be read: it would be lost.
     """
-    with editing(source) as edit:
-        entry = edit.find(name)
-        edit.refuse_unreadable(name)
+    with _editing(source) as edit:
+        entry, known = edit.find(name), edit.known.get(name)
+        if known is not None and known.problem is not None:
+            raise EntryRefused(
+                name,
+                f"{known.problem}, and would be lost. Mend them in the table by SQL, give all of "
+                f"them anew with `ws-celery schedule edit {name}`, or delete them with "
+                f"`ws-celery schedule remove {name}`",
+            )
         # Not by save(): what beat sets aside can be switched off, too.
-        edit.store.disable(name, origin=edit.origin(name, entry), connection=edit.connection)
+        origin = edit.origin(name, entry)
+        edit.store.save(name, origin=origin, connection=edit.connection, enabled=False)
 
 
-def remove_schedule_entry(source: Any, name: str) -> None:
+def remove_schedule_entry(source: object, name: str) -> None:
     """Delete an entry of the database, or what was edited of another one.
 
     :raises EntryRefused: if there is nothing of it in the database.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         entry, known = edit.find(name), edit.known.get(name)
         if known is None or not (known.fields or known.problem or known.origin == "database"):
             raise EntryRefused(
@@ -115,34 +134,30 @@ def remove_schedule_entry(source: Any, name: str) -> None:
             edit.store.restart(name, known.origin, edit.connection)
 
 
-def run_schedule_entry(source: Any, name: str) -> None:
+def run_schedule_entry(source: object, name: str) -> None:
     """Let a beat send an entry now, once, whatever its schedule says.
 
     :raises EntryRefused: if beat cannot send it.
     """
-    with editing(source) as edit:
+    with _editing(source) as edit:
         entry = edit.find(name)
         _refuse_unfit(entry)
         edit.store.request_run(name, origin=edit.origin(name, entry), connection=edit.connection)
 
 
-class EntryIsOver(EntryRefused):
-    """An entry has no tick to come."""
-
-
-class Editing:
+class _Editing:
     """One transaction in which entries are edited.
 
     :param app: the Celery app.
     :param connection: to the database, its transaction begun.
     """
 
-    def __init__(self, app: Any, connection: Any) -> None:
+    def __init__(self, app: PyramidCelery, connection: Connection) -> None:
         self.app = app
-        self.store = app.schedule
+        self.store: Store = app.schedule
         self.connection = connection
-        self.known: dict[str, Known] = self.store.load(connection)
-        self.now: datetime = self.store.now(connection)
+        self.known = self.store.load(connection)
+        self.now = self.store.now(connection)
 
     def entry(self, name: str) -> Entry | None:
         """Return an entry, ``None`` if there is none of this name."""
@@ -165,33 +180,14 @@ class Editing:
             return "database"  # whatever had its name before
         return known.origin if known else entry.origin
 
-    def is_enabled_by_others(self, name: str) -> bool:
-        """Tell whether an entry is on as long as nobody has edited that."""
-        known = self.known.get(name) or Known(name, "database")
-        rest = {key: value for key, value in known.fields.items() if key != "enabled"}
-        return _merged(self.app, replace(known, fields=rest)).enabled
-
-    def refuse_unreadable(self, name: str) -> None:
-        """Make sure that what the database says of an entry can be read.
-
-        :raises EntryRefused: if not, because an edit of one field would take the place of it all.
-        """
-        known = self.known.get(name)
-        if known is not None and known.problem is not None:
-            raise EntryRefused(
-                name,
-                f"{known.problem}, and would be lost. Mend them in the table by SQL, give all of "
-                f"them anew with `ws-celery schedule edit {name}`, or delete them with "
-                f"`ws-celery schedule remove {name}`",
-            )
-
     def save(self, name: str, fields: Mapping[str, Any]) -> None:
         """Save fields of an entry, if beat will run what comes of them.
 
         :param fields: the edited ones; ``None`` takes one back.
         :raises EntryRefused: if beat would set the entry aside.
         """
-        _check_name(name)
+        if problem := problem_of_name(name):
+            raise EntryRefused(name, problem)
         before, known = self.entry(name), self.known.get(name)
         if before is not None:
             _refuse_orphan(before)
@@ -201,7 +197,7 @@ class Editing:
         _refuse_unfit(after)
         anew = before is None or _begins_anew(before, after)
         if anew and after.enabled and next_tick(after, self.now) is None:
-            raise EntryIsOver(name, f"it would never run: {after.words} is past")
+            raise _EntryIsOver(name, f"it would never run: {after.words} is past")
         edited = {field: after.values[field] if field in left else None for field in fields}
         if "type" not in left and not isinstance(left.get("schedule", ""), (str, Mapping)):
             edited["type"] = after.type  # of a number; its text alone has none
@@ -211,8 +207,12 @@ class Editing:
             self.store.restart(name, origin, self.connection)
 
 
+class _EntryIsOver(EntryRefused):
+    """An entry has no tick to come."""
+
+
 @contextmanager
-def editing(source: Any) -> Iterator[Editing]:
+def _editing(source: object) -> Iterator[_Editing]:
     """Open a transaction in which entries are edited, and commit it at the end.
 
     :raises NotIncluded: if the application keeps no schedule in its database.
@@ -221,20 +221,14 @@ def editing(source: Any) -> Iterator[Editing]:
     if app.schedule is None:
         raise NotIncluded("schedule")
     with app.schedule.begin() as connection:
-        yield Editing(app, connection)
+        yield _Editing(app, connection)
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _check_name(name: str) -> None:
-    problem = problem_of_name(name)
-    if problem is not None:
-        raise EntryRefused(name, problem)
-
-
-def _merged(app: Any, known: Known) -> Entry:
+def _merged(app: PyramidCelery, known: Known) -> Entry:
     """Return what an entry would be that is no orphan."""
     entry = entry_of(app, known.name, known)
     assert entry is not None  # noqa: S101 - each source that makes one says something
@@ -258,11 +252,8 @@ def _refuse_unfit(entry: Entry) -> None:
 
 def _begins_anew(before: Entry, after: Entry) -> bool:
     """Tell whether the ticks of an entry that is edited count from now on."""
-    return not before.enabled or _times(before) != _times(after)
-
-
-def _times(entry: Entry) -> dict[str, Any]:
-    return {name: entry.values[name] for name in (*TIMING, "starts_at", "expires")}
+    times = (*TIMING, "starts_at", "expires")
+    return not before.enabled or any(before.values[name] != after.values[name] for name in times)
 
 
 def _with_whole_timing(entry: Entry, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,10 +267,7 @@ def _with_whole_timing(entry: Entry, fields: Mapping[str, Any]) -> dict[str, Any
 def _whole_reset(name: str, reset: Iterable[str]) -> set[str]:
     fields = set(reset)
     for unknown in fields.difference(FIELDS):
-        close = nearest(unknown, FIELDS)
-        raise EntryRefused(
-            name, f"has the unknown field {unknown}{f'; did you mean {close}?' if close else ''}"
-        )
+        raise EntryRefused(name, unknown_field(unknown))
     return fields | {*TIMING} if fields & {*TIMING} else fields
 
 
@@ -287,8 +275,8 @@ def _whole_reset(name: str, reset: Iterable[str]) -> set[str]:
 class Imported:
     """The outcome of :func:`import_schedule`, by names of entries.
 
-    :param added: those that the database had said nothing of.
-    :param replaced: those that it had said something else of.
+    :param added: those of which the database had no fields.
+    :param replaced: those of which it had other fields.
     :param left: those that were left as they are.
     :param over: those that were left out, because they would never run: their time is past.
     """
@@ -299,7 +287,7 @@ class Imported:
     over: list[str] = field(default_factory=list)
 
 
-def export_schedule(source: Any, *, everything: bool = False) -> dict[str, dict[str, Any]]:
+def export_schedule(source: object, *, everything: bool = False) -> dict[str, dict[str, Any]]:
     """Return entries by name, as :func:`import_schedule` takes them; secrets are not masked.
 
     What is orphaned or set aside could not be imported, and is left out.
@@ -309,20 +297,20 @@ def export_schedule(source: Any, *, everything: bool = False) -> dict[str, dict[
         schedule no text can say. By default only what the database says.
     :raises NotIncluded: if only that is wanted, and the application keeps no schedule there.
     """
-    said, entries = _said(source, everything=everything)
-    return {name: fields for name, fields in said.items() if _is_exported(entries[name], fields)}
+    fields, entries = _fields(source, everything=everything)
+    return {name: each for name, each in fields.items() if _is_exported(entries[name], each)}
 
 
-def unexported_entries(source: Any, *, everything: bool = False) -> list[str]:
+def unexported_entries(source: object, *, everything: bool = False) -> list[str]:
     """Return the names of what :func:`export_schedule` leaves out."""
-    said, entries = _said(source, everything=everything)
-    return [name for name, fields in said.items() if not _is_exported(entries[name], fields)]
+    fields, entries = _fields(source, everything=everything)
+    return [name for name, each in fields.items() if not _is_exported(entries[name], each)]
 
 
-def _said(
-    source: Any, *, everything: bool
+def _fields(
+    source: object, *, everything: bool
 ) -> tuple[dict[str, dict[str, Any]], Mapping[str, Entry]]:
-    """Return what is said of entries, and all entries."""
+    """Return the fields of the entries that are asked for, and all entries."""
     app = get_celery_app(source)
     if app.schedule is None and not everything:
         raise NotIncluded("schedule")
@@ -349,7 +337,7 @@ def _is_exported(entry: Entry, fields: Mapping[str, Any]) -> bool:
 
 
 def import_schedule(
-    source: Any, entries: Mapping[str, Mapping[str, Any]], *, replace: bool
+    source: object, entries: Mapping[str, Mapping[str, Any]], *, replace: bool
 ) -> Imported:
     """Let the database say of entries what :func:`export_schedule` has returned: all, or nothing.
 
@@ -360,7 +348,7 @@ def import_schedule(
     :raises EntryRefused: if beat would set one of them aside.
     """
     outcome = Imported()
-    with editing(source) as edit:
+    with _editing(source) as edit:
         for name, fields in entries.items():
             if not isinstance(fields, Mapping):
                 raise EntryRefused(name, f"{fields!r} is no JSON object of fields")
@@ -374,7 +362,7 @@ def import_schedule(
                 continue
             try:
                 edit.save(name, {**dict.fromkeys(edited), **fields})
-            except EntryIsOver:
+            except _EntryIsOver:
                 outcome.over.append(name)  # a one-off that has run, or a season that has ended
                 continue
             (outcome.replaced if edited or unreadable else outcome.added).append(name)
