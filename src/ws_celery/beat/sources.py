@@ -16,8 +16,7 @@ from ws_celery.converters import Refused, nearest
 from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.masking import MASK, masked
 from ws_celery.schedules import KEYS_OF_TYPES, SCHEDULE_TYPES, parse_schedule, text_of_schedule
-from ws_celery.settings.keys import ENTRY_KEYS
-from ws_celery.settings.sections import accept_options
+from ws_celery.settings.options import ENTRY_KEYS, accept_options
 
 __all__ = (
     "check_fields",
