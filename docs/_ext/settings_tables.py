@@ -8,21 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from celery.app.defaults import DEFAULTS
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 from ws_celery.masking import MASK, is_secret
-from ws_celery.settings.broker_kinds import TRANSPORT_KEYS
-from ws_celery.settings.keys import (
+from ws_celery.settings.celery_kinds import TRANSPORT_KEYS
+from ws_celery.settings.kinds import Kind
+from ws_celery.settings.options import (
     ANNOTATION_KEYS,
     CALL_KEYS,
     ENTRY_KEYS,
     MESSAGE_KEYS,
+    OLD_NAMES,
+    OPTIONS,
     OUR_SETTINGS,
     QUEUE_KEYS,
+    REMOVED,
 )
-from ws_celery.settings.kinds import Kind
-from ws_celery.settings.options import OLD_NAMES, OPTIONS, REMOVED
 
 Rows = Iterator[tuple[str, ...]]
 
@@ -30,9 +33,10 @@ Rows = Iterator[tuple[str, ...]]
 def options() -> Rows:
     """Rows of all options of Celery: name, what is accepted, an example, the default."""
     yield "Option", "Accepts", "Example", "Default"
-    for name, option in sorted(OPTIONS.items()):
-        default = MASK if option.default and is_secret(name) else repr(option.default)
-        yield f"``{name}``", option.expected, f"``{option.kind.example}``", f"``{default}``"
+    for name, kind in sorted(OPTIONS.items()):
+        default = DEFAULTS.get(name)
+        shown = MASK if default and is_secret(name) else repr(default)
+        yield f"``{name}``", kind.expected, f"``{kind.example}``", f"``{shown}``"
 
 
 def keys(kinds: Mapping[str, Kind]) -> Callable[[], Rows]:

@@ -43,7 +43,7 @@ from ws_celery.locks import Locks
 from ws_celery.masking import masked, without_arguments
 from ws_celery.request import Propagator
 from ws_celery.settings import Configuration, Setting, our_setting, read_configuration
-from ws_celery.settings.keys import OUR_SETTINGS
+from ws_celery.settings.options import OUR_SETTINGS
 from ws_celery.transactional import retry_attempts
 from ws_celery.transactions import raising_interruptions, remember_transaction
 

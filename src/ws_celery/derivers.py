@@ -19,7 +19,7 @@ from ws_celery.compat import run_attribute
 from ws_celery.converters import nearest
 from ws_celery.exceptions import ConfigurationError, Fault
 from ws_celery.interfaces import ITaskDeriverInfo, ITaskDerivers
-from ws_celery.settings.keys import ANNOTATION_KEYS
+from ws_celery.settings.options import ANNOTATION_KEYS
 from ws_celery.tasks import RequestAwareTask
 
 __all__ = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ws_celery.settings import keys
+from ws_celery.settings import options
 from ws_celery.settings.options import OPTIONS, REMOVED
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,10 +36,10 @@ def test_the_page_shows_every_table(tables):
     [
         ("options", OPTIONS),
         ("removed", REMOVED),
-        ("queue", keys.QUEUE_KEYS),
-        ("annotation", keys.ANNOTATION_KEYS),
-        ("entry", keys.ENTRY_KEYS),
-        ("ours", keys.OUR_SETTINGS),
+        ("queue", options.QUEUE_KEYS),
+        ("annotation", options.ANNOTATION_KEYS),
+        ("entry", options.ENTRY_KEYS),
+        ("ours", options.OUR_SETTINGS),
     ],
 )
 def test_a_table_has_every_name_and_says_what_is_accepted(tables, table, names):

@@ -7,10 +7,10 @@ from datetime import timedelta
 import pytest
 from celery.schedules import crontab
 from pyramid.config import Configurator
+from tests.sections import celery_settings
 
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.schedules import parse_schedule
-from ws_celery.settings import celery_settings
 
 
 def included(**settings):

@@ -9,11 +9,12 @@ import pytest
 from celery import signature
 from celery.schedules import crontab, schedule
 from kombu import Queue
+from tests.sections import celery_settings
 
 from ws_celery.beat.entries import Known, check_fields, merge
 from ws_celery.converters import Refused
 from ws_celery.schedules import Clocked, ZonedCrontab, describe, parse_schedule, text_of_schedule
-from ws_celery.settings import celery_settings, read_configuration
+from ws_celery.settings import read_configuration
 
 HOURLY = {"task": "t", "type": "timedelta", "schedule": "1h"}
 

@@ -16,7 +16,7 @@ from kombu.transport.redis import Channel
 
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import INI_VARIABLES, read_configuration, survey
-from ws_celery.settings.broker_kinds import TRANSPORT_KEYS
+from ws_celery.settings.celery_kinds import TRANSPORT_KEYS
 
 
 @pytest.fixture
@@ -247,6 +247,7 @@ def test_sections_of_others_are_left_alone(read):
         ("[celery:broker_transport_options]\na..b = 1", "has an empty key"),
         ("[celery:broker_transport_options]\n. = 1", "has an empty key"),
         ("[celery:broker_transport_options]\nvisibility_timout = 5", "mean visibility_timeout?"),
+        ("[celery:broker_transport_options]\nvisibility_timeout.x = 5", "has no keys inside"),
         ("[celery:broker_transport_options]\nSocket_Timout = 5", "Did you mean socket_timeout?"),
         ("[celery:broker_transport_options]\npriority_steps = [0, true]", "type bool"),
         ("[celery:broker_transport_options]\npriority_steps = 3", "a JSON array of whole numbers"),
@@ -332,6 +333,20 @@ def test_the_value_of_a_misspelt_secret_is_not_shown(faults):
 
     assert "hunter2" not in str(fault)
     assert fault.as_dict()["value"] == "********"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '[celerybeat:x]\nkwargs = ["hunter2"]',
+        '[celery]\nbeat_schedule = {"x": {"task": "t", "schedule": 1, "kwargs": ["hunter2"]}}',
+    ],
+)
+def test_arguments_that_are_no_arguments_are_not_shown(faults, entry):
+    (fault,) = (fault for fault in faults(f"{entry}\n") if "kwargs" in str(fault.key))
+
+    assert fault.value == "********"
+    assert "hunter2" not in str(fault)
 
 
 def test_a_relative_directory_of_the_embedded_broker_is_refused_where_it_is_written(faults):
@@ -542,6 +557,22 @@ def test_python_values_are_checked_as_texts_are():
     assert read_configuration(None, given).settings["task_acks_late"] is True
     with pytest.raises(ConfigurationError, match="is of the type bool; expected a whole number"):
         read_configuration(None, {**given, "celery.worker_concurrency": True})
+
+
+def test_a_key_of_a_mapping_may_be_any_value_of_python():
+    given = {"celery.broker_url": "memory://", "celery.broker_transport_options.any": True}
+
+    settings = read_configuration(None, given).settings
+
+    assert settings["broker_transport_options"] == {"any": True}
+
+
+@pytest.mark.parametrize("routes", [5, [None], ["a", "b", 3], [["a", "b", "c"]], {"a": 5}])
+def test_routes_of_python_that_are_none_are_refused(routes):
+    given = {"celery.broker_url": "memory://", "celery.task_routes": routes}
+
+    with pytest.raises(ConfigurationError, match="task_routes"):
+        read_configuration(None, given)
 
 
 def test_an_unknown_setting_of_ours_is_refused(ini):
@@ -790,7 +821,7 @@ def test_two_variables_that_differ_are_refused(read, monkeypatch):
         read("")
 
 
-@pytest.mark.parametrize("url", ["localhost", "embedded:///tmp/x"])
+@pytest.mark.parametrize("url", ["localhost", "embedded:///tmp/x", "none"])
 def test_a_variable_with_a_bad_value_is_refused(read, monkeypatch, url):
     monkeypatch.setenv("CELERY_BROKER_URL", url)
 

@@ -12,9 +12,9 @@ from celery import Celery
 from celery.app.defaults import DEFAULTS, NAMESPACES, flatten
 from celery.schedules import crontab
 from kombu import Exchange, Queue
+from tests.sections import celery_settings
 
 from ws_celery.exceptions import ConfigurationError
-from ws_celery.settings import celery_settings
 from ws_celery.settings.options import KINDS, MISSING, OLD_NAMES, OPTIONS, REMOVED, find_option
 
 #: Text, the Python value that it stands for, and a text that is refused, for each kind by name.
@@ -114,7 +114,7 @@ EXAMPLES = {
 
 
 def examples(name):
-    return EXAMPLES.get(name) or KIND_EXAMPLES[OPTIONS[name].kind.name]
+    return EXAMPLES.get(name) or KIND_EXAMPLES[OPTIONS[name].name]
 
 
 def read(**options):
@@ -153,10 +153,10 @@ def test_each_option_refuses_what_is_of_another_kind(name):
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_each_kind_has_an_example_that_it_accepts(name):
-    option = OPTIONS[name]
+    kind = OPTIONS[name]
 
-    option.accept(option.kind.example)
-    assert option.expected
+    kind.accept(kind.example)
+    assert kind.expected
 
 
 def test_the_configuration_from_texts_is_the_one_from_python_values():
@@ -172,8 +172,8 @@ def test_the_configuration_from_texts_is_the_one_from_python_values():
 
 
 def test_none_is_a_value_where_celery_knows_none():
-    for name, option in OPTIONS.items():
-        if option.nullable:
+    for name, kind in OPTIONS.items():
+        if type(None) in kind.types:
             assert read(**{name: "None"})[name] is None
 
 
@@ -181,11 +181,11 @@ def test_none_is_a_value_where_celery_knows_none():
     "name",
     sorted(
         name
-        for name, option in OPTIONS.items()
+        for name, kind in OPTIONS.items()
         if re.search(
             "_(timeout|interval|expires|ttl|time_limit|wait|heartbeat|deadline|sec)$", name
         )
-        and option.kind.name != "bool"
+        and kind.name != "bool"
     ),
 )
 def test_every_time_may_be_a_period(name):

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.settings import read_configuration, survey
-from ws_celery.settings.keys import ANNOTATION_KEYS, ENTRY_KEYS, QUEUE_KEYS, ROUTE_KEYS
-from ws_celery.settings.options import OLD_NAMES, OPTIONS, REMOVED
+from ws_celery.settings.options import (
+    ANNOTATION_KEYS,
+    ENTRY_KEYS,
+    OLD_NAMES,
+    OPTIONS,
+    QUEUE_KEYS,
+    REMOVED,
+    ROUTE_KEYS,
+)
 from ws_celery.settings.reader import Scan
 
 relaxed = settings(
@@ -168,7 +175,7 @@ def test_only_a_mapping_has_keys(tmp_path, name, text):
     _, faults = survey(str(path))
 
     refused = any(fault.problem == f"{name} is no mapping; it has no keys" for fault in faults)
-    assert refused == ("dict" not in OPTIONS[name].kind.name)
+    assert refused == ("dict" not in OPTIONS[name].name)
 
 
 @settings(max_examples=1000, deadline=None)

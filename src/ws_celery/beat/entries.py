@@ -23,8 +23,7 @@ from ws_celery.schedules import (
     parse_schedule,
     text_of_schedule,
 )
-from ws_celery.settings.keys import ENTRY_KEYS
-from ws_celery.settings.sections import accept_options
+from ws_celery.settings.options import ENTRY_KEYS, accept_options
 
 __all__ = (
     "FIELDS",

@@ -118,8 +118,8 @@ def _spellings(configuration: Configuration) -> Iterator[Finding]:
     for each in configuration.renamed:
         yield Finding.at(each.place, WARNING, "old-name", f"{each.old} is {each.new} today")
     for override in configuration.overrides:
-        yield Finding(NOTE, "environment", str(override))
-    for text in configuration.told:
+        yield Finding(NOTE, "environment", override)
+    for text in configuration.notices:
         yield Finding(WARNING, "celeryconfig", text)
     for name, instead in WITHOUT_EFFECT.items():
         if name in configuration.settings:

@@ -1,286 +1,324 @@
-"""Every option of Celery: its kind, its default, and whether it may be none.
+"""What may be set: every option of Celery, the keys of the other sections, and settings of our own.
 
-The options are those of the installed Celery (``celery.app.defaults``). Its declared types choose
-the kinds, except for the corrections below; a test walks the table.
+The options are those of the installed Celery. Its declared types choose the kinds, but for the
+corrections below; a test walks the table.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from inspect import signature
 from typing import Any
 
+from celery import Celery, Task
 from celery.app.defaults import NAMESPACES, flatten
 from celery.concurrency import ALIASES as POOLS
+from kombu import Exchange, Queue
 
 from ws_celery.compat import OLD_NAMES_OF_SETTINGS
+from ws_celery.converters import Refused, json_value, nearest
 from ws_celery.masking import is_secret
-from ws_celery.settings.broker_kinds import (
-    ANNOTATIONS,
-    BACKEND,
-    BROKER,
-    BROKER_SIDE,
-    CALLBACK,
-    COMPRESSION,
-    CONTENT,
-    DATABASE,
-    DELIVERY_MODE,
-    ENGINE_OPTIONS,
-    EXCHANGE_TYPE,
-    FAILOVER,
-    PORT,
-    PRIORITY,
-    QUEUE_TYPE,
-    QUEUES,
-    RATE,
-    RETRY_POLICY,
-    ROUTES,
-    SERIALIZER,
-    TABLE_NAMES,
-    TLS,
-    TRANSPORT,
-    TRANSPORT_KEYS,
-    TRANSPORT_OPTIONS,
-    dotted,
-)
-from ws_celery.settings.kinds import (
-    ANYTHING,
-    BLANK,
-    BOOL,
-    BYTES,
-    FORMAT,
-    LIST,
-    MODULES,
-    PROSE,
-    SECONDS,
-    TEXT,
-    WHOLE_SECONDS,
-    ZONE,
-    Kind,
-    choice,
-    mapping,
-    number,
-    whole,
-)
+from ws_celery.settings import celery_kinds, kinds
+from ws_celery.settings.kinds import Kind, accepts, choice, each, mapping, nullable, whole
 
-__all__ = (
-    "CORRECTIONS",
-    "KINDS",
-    "MISSING",
-    "NULLABLE",
-    "OLD_NAMES",
-    "OPTIONS",
-    "REMOVED",
-    "WITHOUT_EFFECT",
-    "Option",
-    "find_option",
-    "option_names",
+# --- Keys of the other sections --------------------------------------------------------------
+
+#: Options of a call that end in the message's properties; Celery takes them from a route.
+MESSAGE_KEYS: dict[str, Kind] = {
+    "queue": replace(kinds.text, types=(Queue,)),
+    "exchange": replace(kinds.text, types=(Exchange,)),
+    "exchange_type": celery_kinds.exchange_type,
+    "routing_key": kinds.text,
+    "priority": celery_kinds.priority,
+    "serializer": celery_kinds.serializer,
+    "compression": celery_kinds.compression,
+    "delivery_mode": celery_kinds.delivery_mode,
+    "expiration": kinds.seconds,
+    "retry": kinds.boolean,
+    "retry_policy": celery_kinds.retry_policy,
+    "headers": mapping('{"tenant": "a"}'),
+    **each(kinds.boolean, "mandatory immediate"),
+    **each(kinds.seconds, "timeout confirm_timeout"),
+    **each(kinds.text, "correlation_id message_id user_id app_id"),
+}
+
+#: Options of a call that Celery itself refuses in a route: ws_celery adds them to the call.
+CALL_KEYS: dict[str, Kind] = {
+    **each(kinds.seconds, "countdown expires time_limit soft_time_limit"),
+    "ignore_result": kinds.boolean,
+    "shadow": kinds.text,
+}
+
+#: ``[celeryroute:TASK]``, and ``options`` of ``[celerybeat:NAME]``.
+ROUTE_KEYS: dict[str, Kind] = {**MESSAGE_KEYS, **CALL_KEYS}
+
+#: ``[celeryqueue:NAME]``.
+QUEUE_KEYS: dict[str, Kind] = {
+    "exchange": kinds.text,
+    "type": celery_kinds.exchange_type,
+    "routing_key": kinds.text,
+    "priority": celery_kinds.priority,
+    **each(kinds.boolean, "durable auto_delete exclusive"),
+    **each(kinds.seconds, "expires message_ttl"),
+    **each(whole(1), "max_length max_length_bytes"),
+    "queue_arguments": celery_kinds.queue_arguments,
+}
+
+#: ``[celeryannotate:TASK]``: attributes of a task that are read when it is called or run.
+ANNOTATION_KEYS: dict[str, Kind] = {
+    "rate_limit": nullable(celery_kinds.rate),
+    **each(nullable(kinds.seconds), "time_limit soft_time_limit expires"),
+    "max_retries": nullable(whole()),
+    "default_retry_delay": kinds.seconds,
+    "priority": nullable(celery_kinds.priority),
+    **each(kinds.text, "queue exchange routing_key"),
+    "serializer": celery_kinds.serializer,
+    "compression": nullable(celery_kinds.compression),
+    "delivery_mode": celery_kinds.delivery_mode,
+    **each(
+        kinds.boolean,
+        "ignore_result store_eager_result store_errors_even_if_ignored track_started trail",
+        "send_events acks_late acks_on_failure_or_timeout retry_on_worker_lost",
+    ),
+    **each(nullable(kinds.boolean), "acks_on_failure acks_on_timeout reject_on_worker_lost"),
+    "resultrepr_maxsize": whole(),
+}
+
+_KWARGS = mapping('{"key": "value"}')
+
+#: ``[celerybeat:NAME]``, except for ``schedule``, whose kind is its ``type``.
+ENTRY_KEYS: dict[str, Kind] = {
+    "task": kinds.text,
+    "args": kinds.array,
+    "kwargs": _KWARGS,
+    "options": _KWARGS,
+    "timezone": kinds.zone,
+    **each(kinds.boolean, "relative enabled"),
+    "catch_up": choice("policy", "skip", "once"),
+    "overlap": choice("policy", "allow", "skip"),
+    **each(kinds.instant, "starts_at expires"),
+    "description": kinds.prose,
+}
+
+
+_QUEUE = mapping("", QUEUE_KEYS, others="no")
+
+
+@accepts(
+    "names of queues by line or comma, or a JSON object of them", "fast, slow", dict, list, tuple
 )
+def _queues(value: str | Mapping[str, object] | Iterable[object]) -> list[Queue]:
+    if isinstance(value, str):
+        in_json = value.startswith(("{", "["))
+        value = json_value(value) if in_json else kinds.listed.convert(value)
+    if isinstance(value, Mapping):
+        queues = [make_queue(name, _QUEUE.accept(keys)) for name, keys in value.items()]
+    else:
+        queues = [_queue(each) for each in value]
+    if not queues or len({queue.name for queue in queues}) < len(queues):
+        raise Refused("has a queue twice" if queues else "is empty")
+    return queues
+
+
+def _queue(given: object) -> Queue:
+    if isinstance(given, Queue):
+        return given
+    if isinstance(given, str) and given:
+        return make_queue(given, {})
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise Refused("has an item that is neither a queue's name nor an object with one")
+    keys = {key: value for key, value in given.items() if key != "name"}
+    return make_queue(given["name"], _QUEUE.accept(keys))
+
+
+def make_queue(name: str, keys: Mapping[str, Any]) -> Queue:
+    """Return a queue; where exchange and routing key are not given, they are the queue's own.
+
+    Celery's own default would bind it to the default exchange with the default routing key: it
+    would take part of what is meant for the default queue.
+    """
+    options = dict(keys)
+    exchange = Exchange(
+        options.pop("exchange", name),
+        type=options.pop("type", "direct"),
+        durable=options.get("durable", True),
+    )
+    if "priority" in options:
+        options["max_priority"] = options.pop("priority")
+    return Queue(name, exchange, options.pop("routing_key", name), **options)
+
+
+# --- Options of one call ---------------------------------------------------------------------
+
+#: Options of one call, refused in what is configured for all calls; with the reason.
+OF_ONE_CALL = {
+    "task_id": "cannot be set: each call and each tick has an id of its own; leave it out",
+    "eta": "cannot be set: all calls would have the same; write countdown, in seconds",
+}
+#: What beat itself gives to each call.
+_OF_BEAT = {"name", "args", "kwargs", "options", "task_id", "producer", "publisher", "connection"}
+#: Options of a call that Celery takes, and names nowhere.
+_UNNAMED = {"argsrepr", "kwargsrepr", "stamped_headers"}
+#: What an INI file could say; a call also takes other objects, such as a datetime.
+_PLAIN = (str, int, float, list, tuple, dict)
+_ROUTE = mapping("", ROUTE_KEYS, others="no")
+
+
+def accept_options(values: Mapping[str, Any], *, in_python: bool) -> dict[str, Any]:
+    """Return the options of an entry's calls, typed.
+
+    :param in_python: whether they are written in code: then they may be whatever ``apply_async``
+        takes, such as the signatures of ``link``.
+    :raises Refused: at the first key that is unknown or has a value of another kind.
+    """
+    for key in ("task_id",) if in_python else OF_ONE_CALL:
+        if key in values:
+            raise Refused(f"has {key}, which {OF_ONE_CALL[key]}")
+    as_given: dict[str, Any] = {}
+    if in_python:
+        untyped = {*_options_of_a_call(), *values.get("stamped_headers", ())}
+        untyped |= {key for key in ROUTE_KEYS if not isinstance(values.get(key), _PLAIN)}
+        as_given = {key: value for key, value in values.items() if key in untyped}
+    rest = {key: value for key, value in values.items() if key not in as_given}
+    return {**as_given, **_ROUTE.convert(rest)}
+
+
+def _options_of_a_call() -> set[str]:
+    """Return those that are not typed."""
+    calls = (Task.apply_async, Celery.send_task)
+    named = {name for call in calls for name in signature(call).parameters}
+    return (named | _UNNAMED) - _OF_BEAT - {"self", *ROUTE_KEYS}
+
+
+# --- Options of Celery -----------------------------------------------------------------------
 
 _DECLARED: dict[str, Any] = dict(flatten(NAMESPACES))
 
-
-@dataclass(frozen=True)
-class Option:
-    """One option of Celery.
-
-    :param name: its lower-case name.
-    :param kind: what it accepts.
-    :param default: Celery's default.
-    :param nullable: whether ``none`` is a value.
-    """
-
-    name: str
-    kind: Kind
-    default: Any
-    nullable: bool
-
-    def accept(self, value: object) -> Any:
-        """Return the typed value.
-
-        :raises Refused: if ``value`` is not one.
-        """
-        empty = value.strip().lower() == "none" if isinstance(value, str) else value is None
-        return None if empty and self.nullable else self.kind.accept(value)
-
-    @property
-    def expected(self) -> str:
-        """What is accepted, in words."""
-        return f"{self.kind.expected}, or none" if self.nullable else self.kind.expected
-
-
-_WHOLE = whole()
-
-
-def _concurrency(text: str) -> int | str:
-    # Celery 5.7 sizes the prefork pool by itself.
-    if text == "auto" and _DECLARED["worker_concurrency"].type == "any":
-        return text
-    return int(_WHOLE.accept(text))
-
-
-_CONCURRENCY = Kind(
-    "int",
-    "a whole number of at least 0, or auto",
-    "4",
-    _concurrency,
-    (int,),
-    lambda value: value if value == "auto" else _WHOLE.finish(value),
-)
-
 #: Kind for each type that Celery declares; a type that is missing here fails a test.
 KINDS: dict[Any, Kind] = {
-    "any": ANYTHING,
-    "bool": BOOL,
-    "bytes": BYTES,
-    "dict": mapping('{"key": "value"}', TRANSPORT_KEYS),
-    "float": number(),
-    "int": _WHOLE,
-    int: _WHOLE,  # beat_cron_starting_deadline is declared by the class
-    "list": LIST,
-    "str": TEXT,  # result_compression is declared by another word than all others
-    "string": TEXT,
-    "tuple": MODULES,
+    "any": kinds.anything,
+    "bool": kinds.boolean,
+    "bytes": kinds.passphrase,
+    "dict": mapping('{"key": "value"}', celery_kinds.TRANSPORT_KEYS),
+    "float": kinds.seconds,  # all but two are times, for which a period reads better
+    "int": whole(),
+    int: whole(),  # beat_cron_starting_deadline is declared by the class
+    "list": kinds.listed,
+    "str": kinds.text,  # result_compression is declared by another word than all others
+    "string": kinds.text,
+    "tuple": kinds.modules,
 }
 
-_SCHEDULERS = [point.name for point in entry_points(group="celery.beat_schedulers")]
+
+@accepts("a whole number of at least 0, or auto", "4", int, name="int")
+def _concurrency(value: str | int) -> int | str:
+    # Celery 5.7 sizes the prefork pool by itself.
+    if value == "auto" and _DECLARED["worker_concurrency"].type == "any":
+        return "auto"
+    return int(whole().convert(value))
+
 
 #: Options whose declared type is not what Celery does with the value, or does not say enough.
-CORRECTIONS: dict[str, Kind] = {
+_CORRECTIONS: dict[str, Kind] = {
     # Declared too narrow, or as something else.
-    "broker_heartbeat_checkrate": number(),
-    "broker_read_url": BROKER_SIDE,
-    "broker_transport_options": TRANSPORT_OPTIONS,
-    "broker_url": BROKER,  # may be a list
-    "broker_use_ssl": TLS,  # may be a mapping
-    "broker_write_url": BROKER_SIDE,
+    "broker_heartbeat_checkrate": kinds.number,
+    **each(celery_kinds.broker_side, "broker_read_url broker_write_url"),
+    "broker_url": celery_kinds.broker,  # may be a list
+    **each(celery_kinds.tls, "broker_use_ssl redis_backend_use_ssl"),  # may be both
     "cassandra_auth_kwargs": mapping('{"username": "celery"}'),
-    "cassandra_port": PORT,
-    "database_engine_callback": CALLBACK,
-    "database_engine_options": ENGINE_OPTIONS,
-    "database_table_names": TABLE_NAMES,
-    "database_table_schemas": TABLE_NAMES,
-    "redis_backend_use_ssl": TLS,
-    "result_backend_max_retries": number(most=float("inf")),
-    "result_backend_transport_options": TRANSPORT_OPTIONS,
+    **each(celery_kinds.port, "broker_port cassandra_port redis_port"),
+    "result_backend_max_retries": kinds.unbounded,
     "result_cache_max": whole(-1),
-    "result_expires": SECONDS,
-    "task_annotations": ANNOTATIONS,
-    "task_default_delivery_mode": DELIVERY_MODE,
-    "task_default_priority": PRIORITY,
-    "task_publish_retry_policy": RETRY_POLICY,
-    "task_queues": QUEUES,
-    "task_routes": ROUTES,
-    # Completed by the sections, which know how to make schedule entries.
+    "task_default_delivery_mode": celery_kinds.delivery_mode,
+    **each(celery_kinds.priority, "task_default_priority task_queue_max_priority"),
+    "task_protocol": whole(1, 2, "2"),
+    "worker_concurrency": _concurrency,
+    # Times in whole seconds.
+    **each(
+        kinds.whole_seconds,
+        "azureblockblob_connection_timeout azureblockblob_read_timeout",
+        "azureblockblob_retry_initial_backoff_sec beat_cron_starting_deadline broker_heartbeat",
+        "cosmosdbsql_max_retry_wait_time",
+    ),
+    # Mappings with keys that are known.
     "beat_schedule": mapping('{"backup": {"task": "backup", "schedule": "24h"}}'),
-    "worker_concurrency": _CONCURRENCY,
+    "database_engine_options": celery_kinds.engine_options,
+    **each(celery_kinds.table_names, "database_table_names database_table_schemas"),
+    "task_annotations": celery_kinds.task_annotations,
+    "task_publish_retry_policy": celery_kinds.retry_policy,
+    "task_queues": _queues,
+    "task_routes": celery_kinds.task_routes,
+    **each(
+        celery_kinds.transport_options, "broker_transport_options result_backend_transport_options"
+    ),
     # Text that is one of few words, or has a form.
-    "accept_content": CONTENT,
-    "result_accept_content": CONTENT,
-    "beat_scheduler": dotted("class", "celery.beat:PersistentScheduler", *_SCHEDULERS),
-    "broker_failover_strategy": FAILOVER,
-    "broker_native_delayed_delivery_queue_type": QUEUE_TYPE,
-    "broker_port": PORT,
-    "broker_transport": TRANSPORT,
+    **each(celery_kinds.content, "accept_content result_accept_content"),
+    "broker_failover_strategy": celery_kinds.failover_strategy,
+    "broker_transport": celery_kinds.transport,
     "cosmosdbsql_consistency_level": choice(
         "level", "Session", "BoundedStaleness", "ConsistentPrefix", "Eventual", "Strong"
     ),
-    "database_url": DATABASE,
-    "event_serializer": SERIALIZER,
-    "redis_port": PORT,
-    "result_backend": BACKEND,
-    "result_compression": COMPRESSION,
-    "result_exchange_type": EXCHANGE_TYPE,
-    "result_serializer": SERIALIZER,
-    "task_compression": COMPRESSION,
-    "task_create_missing_queue_exchange_type": EXCHANGE_TYPE,
-    "task_create_missing_queue_type": QUEUE_TYPE,
-    "task_default_exchange_type": EXCHANGE_TYPE,
-    "task_default_queue_type": QUEUE_TYPE,
-    "task_default_rate_limit": RATE,
-    "task_protocol": whole(1, 2, "2"),
-    "task_queue_max_priority": PRIORITY,
-    "task_serializer": SERIALIZER,
-    "timezone": ZONE,
-    "worker_agent": dotted("class", "myapp.worker:Agent"),
-    "worker_autoscaler": dotted("class", "celery.worker.autoscale:Autoscaler"),
-    "worker_consumer": dotted("class", "celery.worker.consumer:Consumer"),
-    "worker_log_datefmt": PROSE,
-    "worker_log_format": FORMAT,
-    "worker_pool": dotted("class", "prefork", *POOLS),
+    "database_url": celery_kinds.database,
+    **each(celery_kinds.serializer, "event_serializer result_serializer task_serializer"),
+    "result_backend": celery_kinds.backend,
+    **each(celery_kinds.compression, "result_compression task_compression"),
+    **each(
+        celery_kinds.exchange_type,
+        "result_exchange_type task_create_missing_queue_exchange_type task_default_exchange_type",
+    ),
+    **each(
+        celery_kinds.queue_type,
+        "broker_native_delayed_delivery_queue_type task_create_missing_queue_type",
+        "task_default_queue_type",
+    ),
+    "task_default_rate_limit": celery_kinds.rate,
+    "timezone": kinds.zone,
     "worker_pool_start_method": choice("method", "fork", "spawn"),
     "worker_redirect_stdouts_level": choice(
         "level", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"
     ),
-    "worker_task_log_datefmt": PROSE,
-    "worker_task_log_format": FORMAT,
-    "worker_timer": dotted("class", "kombu.asynchronous.timer:Timer"),
-    # Times, for which a period reads better than seconds.
-    "azureblockblob_connection_timeout": WHOLE_SECONDS,
-    "azureblockblob_read_timeout": WHOLE_SECONDS,
-    "azureblockblob_retry_initial_backoff_sec": WHOLE_SECONDS,
-    "beat_cron_starting_deadline": WHOLE_SECONDS,
-    "beat_max_loop_interval": SECONDS,
-    "beat_remote_control_max_tick_age": SECONDS,
-    "broker_connection_timeout": SECONDS,
-    "broker_heartbeat": WHOLE_SECONDS,
-    "broker_pool_acquire_timeout": SECONDS,
-    "cassandra_entry_ttl": SECONDS,
-    "control_queue_expires": SECONDS,
-    "control_queue_ttl": SECONDS,
-    "cosmosdbsql_max_retry_wait_time": WHOLE_SECONDS,
-    "elasticsearch_timeout": SECONDS,
-    "event_queue_expires": SECONDS,
-    "event_queue_ttl": SECONDS,
-    "gcs_ttl": SECONDS,
-    "redis_socket_connect_timeout": SECONDS,
-    "redis_socket_timeout": SECONDS,
-    "result_chord_expires": SECONDS,
-    "result_chord_join_timeout": SECONDS,
-    "result_chord_retry_interval": SECONDS,
-    "result_failure_expires": SECONDS,
-    "task_soft_time_limit": SECONDS,
-    "task_time_limit": SECONDS,
-    "worker_lost_wait": SECONDS,
-    "worker_proc_alive_timeout": SECONDS,
-    "worker_soft_shutdown_timeout": SECONDS,
-    "worker_timer_precision": SECONDS,
+    **each(kinds.prose, "worker_log_datefmt worker_task_log_datefmt"),
+    **each(kinds.log_format, "worker_log_format worker_task_log_format"),
+    # Code.
+    "beat_scheduler": celery_kinds.dotted(
+        "celery.beat:PersistentScheduler", *celery_kinds.plugged("celery.beat_schedulers")
+    ),
+    "database_engine_callback": celery_kinds.function,
+    "worker_agent": celery_kinds.dotted("myapp.worker:Agent"),
+    "worker_autoscaler": celery_kinds.dotted("celery.worker.autoscale:Autoscaler"),
+    "worker_consumer": celery_kinds.dotted("celery.worker.consumer:Consumer"),
+    "worker_pool": celery_kinds.dotted("prefork", *POOLS),
+    "worker_timer": celery_kinds.dotted("kombu.asynchronous.timer:Timer"),
     # Empty text means something.
-    "azureblockblob_base_path": BLANK,
-    "broker_vhost": BLANK,
-    "gcs_base_path": BLANK,
-    "s3_base_path": BLANK,
-    "task_default_exchange": BLANK,
-    "task_default_routing_key": BLANK,
+    **each(
+        kinds.blank,
+        "azureblockblob_base_path broker_vhost gcs_base_path s3_base_path task_default_exchange",
+        "task_default_routing_key",
+    ),
 }
 
 #: Options that Celery reads although its table does not have them, and their kinds.
 MISSING: dict[str, Kind] = {
-    "cassandra_secure_bundle_path": TEXT,
-    "dynamodb_endpoint_url": TEXT,
-    "firestore_project": TEXT,
-    "gcs_threadpool_maxsize": whole(1, example="10"),
-    "redis_backend_credential_provider": replace(
-        CALLBACK, expected="the dotted name of a redis.CredentialProvider"
+    **each(
+        kinds.text,
+        "cassandra_secure_bundle_path dynamodb_endpoint_url firestore_project redis_client_name",
     ),
-    "redis_backend_health_check_interval": SECONDS,
-    "redis_client_name": TEXT,
-    "result_backend_thread_safe": BOOL,
+    "gcs_threadpool_maxsize": whole(1, example="10"),
+    "redis_backend_credential_provider": celery_kinds.function.described(
+        "logging:getLogger", "the dotted name of a redis.CredentialProvider"
+    ),
+    "redis_backend_health_check_interval": kinds.seconds,
+    "result_backend_thread_safe": kinds.boolean,
 }
 
 #: Options with a default of their own for which none means something all the same: no limit.
-NULLABLE = frozenset(
+_NULLABLE = frozenset(
     (
-        "broker_connection_max_retries",
-        "broker_connection_timeout",
-        "broker_heartbeat",
-        "broker_pool_limit",
-        "control_queue_expires",
-        "control_queue_ttl",
-        "event_queue_expires",
-        "event_queue_ttl",
-        "redis_socket_timeout",
-        "result_expires",
+        *("broker_connection_max_retries", "broker_connection_timeout", "broker_heartbeat"),
+        *("broker_pool_limit", "control_queue_expires", "control_queue_ttl"),
+        *("event_queue_expires", "event_queue_ttl", "redis_socket_timeout", "result_expires"),
     )
 )
 
@@ -288,94 +326,69 @@ NULLABLE = frozenset(
 WITHOUT_EFFECT = {"cassandra_bundle_path": "cassandra_secure_bundle_path"}
 
 
-def _declared_kind(name: str, declared: Any) -> Kind:
-    # Nobody can tell what belongs to a password.
-    return PROSE if KINDS[declared] is TEXT and is_secret(name) else KINDS[declared]
+def _kind(name: str, declared: Any) -> Kind:
+    kind = _CORRECTIONS.get(name) or KINDS[declared.type]
+    if kind is kinds.text and is_secret(name):
+        kind = kinds.prose  # nobody can tell what belongs to a password
+    return nullable(kind) if declared.default is None or name in _NULLABLE else kind
 
 
-def _options() -> dict[str, Option]:
-    table = {
-        name: Option(
-            name,
-            CORRECTIONS.get(name) or _declared_kind(name, declared.type),
-            declared.default,
-            declared.default is None or name in NULLABLE,
-        )
-        for name, declared in _DECLARED.items()
-    }
-    missing = {name: Option(name, kind, None, nullable=True) for name, kind in MISSING.items()}
-    return {**missing, **table}
+#: Every option by its lower-case name.
+OPTIONS: dict[str, Kind] = {
+    **{name: nullable(kind) for name, kind in MISSING.items()},
+    **{name: _kind(name, declared) for name, declared in _DECLARED.items()},
+}
 
+# --- Names of options ------------------------------------------------------------------------
 
-OPTIONS: dict[str, Option] = _options()
-
-
-#: Old spellings that Celery's own table does not have.
-_OLDER = {
+#: Old upper-case names, to today's: some that Celery's own table does not have, and that table.
+OLD_NAMES: dict[str, str] = {
     "BROKER_BACKEND": "broker_transport",
     "CELERY_BACKEND": "result_backend",
     "CELERY_RESULT_EXPIRES": "result_expires",
     "CELERY_AMQP_TASK_RESULT_EXPIRES": "result_expires",
     "CELERYD_TASK_ANNOTATIONS": "task_annotations",
-}
-
-#: Old upper-case names, to today's.
-OLD_NAMES: dict[str, str] = {
-    **_OLDER,
     **{old: new for old, new in OLD_NAMES_OF_SETTINGS.items() if old.lower() != new},
 }
 
-_MAIL = "tell somebody from the signal task_failure, or with an error tracker"
-_LOGGING = "use --logfile and --loglevel, or the logging sections of the INI file"
-_MONITOR = "celerymon is gone; Flower took its place"
-_TYRANT = "Tokyo Tyrant is gone; use another result_backend"
-
-#: Options that are gone, by their upper-case names, and what to do instead.
-REMOVED: dict[str, str] = {
-    # Celery 4 sends no mail; a handler of task_failure, or Sentry, does it better.
-    "ADMINS": _MAIL,
-    "CELERY_SEND_TASK_ERROR_EMAILS": _MAIL,
-    "CELERY_TASK_ERROR_WHITELIST": _MAIL,
-    "EMAIL_CHARSET": _MAIL,
-    "EMAIL_HOST": _MAIL,
-    "EMAIL_HOST_PASSWORD": _MAIL,
-    "EMAIL_HOST_USER": _MAIL,
-    "EMAIL_PORT": _MAIL,
-    "EMAIL_TIMEOUT": _MAIL,
-    "EMAIL_USE_SSL": _MAIL,
-    "EMAIL_USE_TLS": _MAIL,
-    "SERVER_EMAIL": _MAIL,
-    # Options of the command line: a file and a level belong to one process.
-    "CELERYBEAT_LOG_FILE": _LOGGING,
-    "CELERYBEAT_LOG_LEVEL": _LOGGING,
-    "CELERYD_LOG_FILE": _LOGGING,
-    "CELERYD_LOG_LEVEL": _LOGGING,
-    "CELERYMON_LOG_FILE": _MONITOR,
-    "CELERYMON_LOG_FORMAT": _MONITOR,
-    "CELERYMON_LOG_LEVEL": _MONITOR,
-    "CELERYD_AUTORELOADER": "use ws-celery dev --reload while you develop",
-    "CELERYD_BOOT_STEPS": "add steps to app.steps in code",
-    "CELERYD_FORCE_EXECV": "use worker_pool_start_method = spawn, with Celery 5.7 or later",
-    "CELERYD_MEDIATOR": "the worker has no mediator thread any more; remove it",
-    "CELERYD_ETA_SCHEDULER": "use worker_timer",
-    "CELERYD_ETA_SCHEDULER_PRECISION": "use worker_timer_precision",
-    "CELERYD_LISTENER": "use worker_consumer",
-    "CELERY_AMQP_TASK_RESULT_CONNECTION_MAX": "use broker_pool_limit",
-    "CELERY_BROADCAST_EXCHANGE": "use control_exchange",
-    "CELERY_BROADCAST_EXCHANGE_TYPE": "it is always fanout; remove it",
-    "CELERY_BROADCAST_QUEUE": "each worker names its own; remove it",
-    "CELERY_CHORD_PROPAGATES": "errors of a chord always propagate; remove it",
-    "CELERY_DB_REUSE_MAX": "use database_engine_options",
-    "CELERY_REDIS_CONNECT_RETRY": "use redis_retry_on_timeout or result_backend_always_retry",
-    "CELERY_TASK_PUBLISH_CONNECTION_TIMEOUT": "use broker_connection_timeout",
-    "BROKER_INSIST": "brokers redirect nobody any more; remove it",
-    "CASSANDRA_COLUMN_FAMILY": "use cassandra_table",
-    "CASSANDRA_DETAILED_MODE": "the cassandra backend was written anew; remove it",
-    "CASSANDRA_READ_CONSISTENCY_LEVEL": "use cassandra_read_consistency",
-    "RIAK_BACKEND_SETTINGS": "riak is gone; use another result_backend",
-    "TT_HOST": _TYRANT,
-    "TT_PORT": _TYRANT,
+#: Options that are gone, by what to do instead; a worker's file and level belong to one process.
+_REMOVED = {
+    "tell somebody from the signal task_failure, or with an error tracker": (
+        "ADMINS CELERY_SEND_TASK_ERROR_EMAILS CELERY_TASK_ERROR_WHITELIST EMAIL_CHARSET EMAIL_HOST "
+        "EMAIL_HOST_PASSWORD EMAIL_HOST_USER EMAIL_PORT EMAIL_TIMEOUT EMAIL_USE_SSL EMAIL_USE_TLS "
+        "SERVER_EMAIL"
+    ),
+    "use --logfile and --loglevel, or the logging sections of the INI file": (
+        "CELERYBEAT_LOG_FILE CELERYBEAT_LOG_LEVEL CELERYD_LOG_FILE CELERYD_LOG_LEVEL"
+    ),
+    "celerymon is gone; Flower took its place": (
+        "CELERYMON_LOG_FILE CELERYMON_LOG_FORMAT CELERYMON_LOG_LEVEL"
+    ),
+    "use ws-celery dev --reload while you develop": "CELERYD_AUTORELOADER",
+    "add steps to app.steps in code": "CELERYD_BOOT_STEPS",
+    "use worker_pool_start_method = spawn, with Celery 5.7 or later": "CELERYD_FORCE_EXECV",
+    "the worker has no mediator thread any more; remove it": "CELERYD_MEDIATOR",
+    "use worker_timer": "CELERYD_ETA_SCHEDULER",
+    "use worker_timer_precision": "CELERYD_ETA_SCHEDULER_PRECISION",
+    "use worker_consumer": "CELERYD_LISTENER",
+    "use broker_pool_limit": "CELERY_AMQP_TASK_RESULT_CONNECTION_MAX",
+    "use control_exchange": "CELERY_BROADCAST_EXCHANGE",
+    "it is always fanout; remove it": "CELERY_BROADCAST_EXCHANGE_TYPE",
+    "each worker names its own; remove it": "CELERY_BROADCAST_QUEUE",
+    "errors of a chord always propagate; remove it": "CELERY_CHORD_PROPAGATES",
+    "use database_engine_options": "CELERY_DB_REUSE_MAX",
+    "use redis_retry_on_timeout or result_backend_always_retry": "CELERY_REDIS_CONNECT_RETRY",
+    "use broker_connection_timeout": "CELERY_TASK_PUBLISH_CONNECTION_TIMEOUT",
+    "brokers redirect nobody any more; remove it": "BROKER_INSIST",
+    "use cassandra_table": "CASSANDRA_COLUMN_FAMILY",
+    "the cassandra backend was written anew; remove it": "CASSANDRA_DETAILED_MODE",
+    "use cassandra_read_consistency": "CASSANDRA_READ_CONSISTENCY_LEVEL",
+    "riak is gone; use another result_backend": "RIAK_BACKEND_SETTINGS",
+    "Tokyo Tyrant is gone; use another result_backend": "TT_HOST TT_PORT",
 }
+
+#: The same by their upper-case names.
+REMOVED = {name: remedy for remedy, gone in _REMOVED.items() for name in gone.split()}
 
 
 def find_option(name: str) -> str | None:
@@ -393,6 +406,77 @@ def find_option(name: str) -> str | None:
     return without if without in OPTIONS else None
 
 
-def option_names() -> list[str]:
-    """Return all names that may be suggested: today's, then old ones in both cases."""
-    return [*OPTIONS, *(old.lower() for old in OLD_NAMES)]
+def nearest_option(name: str) -> str | None:
+    """Return today's name of the option that ``name`` was probably meant to be."""
+    close = nearest(name, (*OPTIONS, *(old.lower() for old in OLD_NAMES)))
+    return find_option(close) if close else None
+
+
+# --- Settings of our own ---------------------------------------------------------------------
+
+
+@accepts(
+    "all, none, or names of installed distributions, by line or comma",
+    "none",
+    *kinds.listed.types,
+    name="list",
+)
+def _plugins(value: str | Iterable[str]) -> list[str]:
+    found: list[str] = kinds.listed.convert(value)
+    words = [name.lower() for name in found]
+    if {"all", "none"}.isdisjoint(words):
+        return found
+    if len(words) > 1:
+        raise Refused("has all or none beside other names")
+    return words
+
+
+@accepts("auto, database, memory, or the URL of a Redis", "redis://localhost:6379/2")
+def _locks(value: str) -> str:
+    words = ("auto", "database", "memory")
+    if value in words or re.match(r"(rediss?|sentinel|redis\+socket)://", value):
+        return celery_kinds.without_blanks(value)
+    raise Refused(close=nearest(value, words))
+
+
+_TABLE = "the name of a table, with its schema or without"
+
+#: Settings of our own, ``ws_celery.*`` in the application's section.
+OUR_SETTINGS: dict[str, Kind] = {
+    "ws_celery.backup.keep": whole(1),
+    "ws_celery.backup.target": kinds.text.described(
+        "s3://bucket/shop", "a folder, or a URL that fsspec knows"
+    ),
+    "ws_celery.backup.timeout": kinds.patience.described("1h"),
+    "ws_celery.base_url": kinds.base_url,
+    "ws_celery.base_url.pin": kinds.boolean,
+    "ws_celery.commands": celery_kinds.commands,
+    "ws_celery.commands.timeout": kinds.patience.described("1h"),
+    "ws_celery.beat": kinds.boolean,
+    "ws_celery.beat.poll": kinds.patience,
+    "ws_celery.beat.table": kinds.text.described("tasks.schedule", _TABLE),
+    "ws_celery.config_uri": kinds.text.described(
+        "%(__file__)s", "the INI file with the [celery...] sections"
+    ),
+    "ws_celery.dbsession": kinds.text.described(
+        "dbsession", "the request's attribute with the SQLAlchemy session"
+    ),
+    "ws_celery.locks": _locks,
+    "ws_celery.outbox": kinds.boolean,
+    "ws_celery.outbox.lease": kinds.patience.described("300"),
+    "ws_celery.outbox.max_deliveries": whole(1),
+    "ws_celery.outbox.poll": kinds.patience.described("1"),
+    "ws_celery.outbox.table": kinds.text.described("tasks.outbox", _TABLE),
+    "ws_celery.propagate": kinds.names.described(
+        "locale, request_id, user",
+        "names of what travels with a task: locale, request_id, user, or your own",
+    ),
+    "ws_celery.publish_spool": whole(example="10000"),
+    "ws_celery.publish_timeout": kinds.patience,
+    "ws_celery.publish_cooldown": kinds.patience.described("5"),
+    "ws_celery.log_arguments": kinds.boolean,
+    "ws_celery.mask_arguments": kinds.names.described(
+        "email, iban", "names of arguments that are shown to nobody, or all"
+    ),
+    "ws_celery.plugins": _plugins,
+}

@@ -8,25 +8,189 @@ from codecs import BOM_UTF8
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from configparser import BasicInterpolation, InterpolationError, RawConfigParser
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import plaster
 from plaster_pastedeploy import Loader as PasteDeployLoader
 
+from ws_celery.converters import Refused, nearest
 from ws_celery.exceptions import Fault
-from ws_celery.settings.kinds import Faults, Place, Value
+from ws_celery.masking import MASK, masked, masked_text
+from ws_celery.settings import kinds
+from ws_celery.settings.kinds import Kind, Miswritten, miswritten
+from ws_celery.settings.options import OF_ONE_CALL
 
-__all__ = (
-    "Layer",
-    "Scan",
-    "expand",
-    "expand_environment",
-    "interpolation_problem",
-    "is_app_key",
-    "read_layers",
-    "scan",
-)
+# --- Where a value is written, and what is wrong there ---------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value is written.
+
+    :param file: name of the file, or what else it is.
+    :param section: name of the section, without brackets.
+    :param key: the key as it is written.
+    :param line: line of the key, counted from 1, where it is known.
+    """
+
+    file: str
+    section: str
+    key: str = ""
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+    def fault(
+        self,
+        problem: str,
+        *,
+        value: object = None,
+        expected: str | None = None,
+        close: str | None = None,
+    ) -> Fault:
+        """Return what is wrong with the key here.
+
+        :param value: what stands there; masked if the key, or what it was meant to be, is a secret.
+        :param close: what was probably meant: a legal name, or the line as it should be.
+        """
+        name = f"{self.section} {self.key} {close or ''}"
+        shown = None if value is None else str(masked(name, value))
+        close = close and masked_text(close)
+        if value is not None and self.key.split(" ")[-1] in ("args", "kwargs"):
+            shown = MASK  # nobody knows the names of a task's parameters here
+        return Fault(problem, self.file, self.line, self.section, self.key, shown, expected, close)
+
+    def key_beside(self, key: str) -> Place:
+        """Return the place of a key that is missing here."""
+        return Place(self.file, self.section, f"{self.key} {key}".lstrip(), self.line)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """An old spelling that was understood."""
+
+    old: str
+    new: str
+    place: Place
+
+
+@dataclass(frozen=True)
+class Value:
+    """The text of one key, interpolated, and its place; from Python it may be any value.
+
+    :param literal: whether it stands in Python or JSON, which say themselves where a text ends.
+    """
+
+    text: object
+    place: Place
+    literal: bool = False
+
+    def typed(self, kind: Kind) -> Any:
+        """Return the value of a kind.
+
+        :raises Refused: if it is of another one, or something stands around it.
+        """
+        self.check(kind)
+        return kind.accept(self.text)
+
+    def check(self, kind: Kind = kinds.text) -> None:
+        """Refuse a text of a file that has a comment behind the value, or quotes around it."""
+        if isinstance(self.text, str) and not (self.literal or kind.prose):
+            error = miswritten(self.text, kind.quotes)
+            if error:
+                raise error
+
+
+class Faults(list[Fault]):
+    """What is wrong, as it is found."""
+
+    def at(self, place: Place, problem: str, **about: Any) -> None:
+        """Add what is wrong with the key at ``place``; see :meth:`Place.fault`."""
+        self.append(place.fault(problem, **about))
+
+    @contextmanager
+    def catching(self, value: Value, expected: str | None = None) -> Iterator[None]:
+        """Add the fault of a value that is refused inside, and go on."""
+        try:
+            yield
+        except Refused as error:
+            close = error.close
+            if isinstance(error, Miswritten):
+                close, expected = _line(value, error.close), None
+            self.at(value.place, str(error), value=value.text, expected=expected, close=close)
+
+    def typed(
+        self, values: Mapping[str, Value], known: Mapping[str, Kind], also: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Return the values that are right, typed.
+
+        :param known: the kinds of the keys.
+        :param also: other legal keys, for suggestions.
+        """
+        found = {}
+        for key, value in values.items():
+            if key in known:
+                with self.catching(value, known[key].expected):
+                    found[key] = value.typed(known[key])
+            elif key in OF_ONE_CALL and "countdown" in known:
+                self.at(value.place, OF_ONE_CALL[key], value=value.text)
+            else:
+                close = nearest(key, (*known, *also))
+                self.at(value.place, "this key is not known", value=value.text, close=close)
+        return found
+
+
+def _line(value: Value, bare: str | None) -> str | None:
+    """Return the line as it should be."""
+    if not bare or "\n" in str(value.text):
+        return bare or None
+    key = value.place.key
+    return f"{key} = {masked(f'{value.place.section} {key}', bare)}"
+
+
+# --- Names of sections -----------------------------------------------------------------------
+
+#: Kind of section to what its name is.
+SECTIONS = {
+    "celery": "OPTION",
+    "celeryroute": "TASK",
+    "celeryqueue": "NAME",
+    "celeryannotate": "TASK",
+    "celerybeat": "NAME",
+}
+
+
+def is_for_celery(section: str) -> bool:
+    """Tell whether a section is one of ours, or was meant to be."""
+    return section.partition(":")[0] in SECTIONS or right_spelling(section) is not None
+
+
+def right_spelling(section: str) -> str | None:
+    """Return how a section is written that is one of ours but for a slip."""
+    kind, _, name = section.partition(":")
+    if kind in SECTIONS and name == name.strip(" \t:") and not miswritten(name):
+        return None
+    section = section.partition("]")[0].strip(" \t\"'")
+    if ":" in section:
+        kind, _, bare = section.partition(":")
+    else:
+        kind, bare = (*re.split(r"[\s.=/]+", section, maxsplit=1), "")[:2]
+    bare = bare.strip(" \t:\"'")
+    if error := miswritten(bare):
+        bare = error.close or ""
+    word = re.sub(r"[\W_]", "", kind).lower()
+    close = nearest(word, SECTIONS)
+    likely = close and word[:1] == "c" and abs(len(close) - len(word)) <= 1
+    if word.startswith("celery") or (likely and (bare or close == "celery")):
+        return f"[{close or 'celery'}:{bare}]" if bare else f"[{close or 'celery'}]"
+    return None
+
+
+# --- Variables -------------------------------------------------------------------------------
 
 _VARIABLE = re.compile(r"\$(?P<escape>\$)?\{(?:(?P<name>[^{}:]+)(?::-(?P<default>[^{}]*))?\})?")
 
@@ -99,11 +263,11 @@ class Scan:
         self.file = file
         self.values: dict[str, dict[str, list[str]]] = {"DEFAULT": {}}
         self.lines: dict[tuple[str, str], int] = {}
+        self.headings: dict[str, int] = {}
         self.faults = Faults()
         self._section: str | None = None
-        self._key: str | None = None
+        self._value: list[str] | None = None  # the lines of the value that may go on
         self._indent = 0
-        self.headings: dict[str, int] = {}
         for number, line in enumerate(_lines(text), start=1):
             self._read(number, line)
 
@@ -115,52 +279,48 @@ class Scan:
         }
 
     def _read(self, number: int, line: str) -> None:
-        text = line.strip()
+        text, indent = line.strip(), len(line) - len(line.lstrip())
         if text.startswith(("#", ";")):
             return
-        if not text:
+        if self._value is not None and (not text or indent > self._indent):
             # An empty line inside a value belongs to it, one after it is cut off again.
-            if self._section is not None and self._key:
-                self.values[self._section][self._key].append("")
-            return
-        indent = len(line) - len(line.lstrip())
-        if self._section is not None and self._key and indent > self._indent:
-            self.values[self._section][self._key].append(text)
-            return
-        self._indent = indent
+            self._value.append(text)
+        elif text:
+            self._indent = indent
+            self._begin(number, text)
+
+    def _begin(self, number: int, text: str) -> None:
+        """Read a line that begins something."""
+        self._value, option = None, _OPTION.match(text)
         if heading := _SECTION.match(text):
-            self._begin(number, heading["name"])
+            self._add_section(number, heading["name"])
         elif self._section is None:
-            self._fail(number, "stands before the first section", "a line such as [app:main]")
-        elif (option := _OPTION.match(text)) and option["key"]:
-            self._add(number, self._section, option["key"].rstrip(), option["value"].strip())
+            problem = "this line stands before the first section"
+            self._fail(number, problem, "", expected="a line such as [app:main]")
+        elif option and option["key"]:
+            self._add(number, self._section, option["key"], option["value"].strip())
         else:
             # The text is not shown: whatever it was meant to be, it may be a password.
-            self._fail(number, "is neither a section nor a key with a value", "KEY = VALUE")
-            self._key = None
+            problem = "this line is neither a section nor a key with a value"
+            self._fail(number, problem, self._section, expected="KEY = VALUE")
 
-    def _begin(self, number: int, section: str) -> None:
-        if section in self.headings and section != "DEFAULT":
-            first = self.headings[section]
-            problem = f"this section is already there, at line {first}"
-            self.faults.append(Fault(problem, self.file, number, section))
-        self.headings.setdefault(section, number)
+    def _add_section(self, number: int, section: str) -> None:
+        first = self.headings.setdefault(section, number)
+        if first != number and section != "DEFAULT":
+            self._fail(number, f"this section is already there, at line {first}", section)
         self.values.setdefault(section, {})
-        self._section, self._key = section, None
+        self._section = section
 
     def _add(self, number: int, section: str, key: str, value: str) -> None:
         first = self.lines.setdefault((section, key), number)
         if first != number:
-            problem = f"is already set at line {first}"
-            self.faults.append(Fault(problem, self.file, number, section, key))
-        self.values[section][key] = [value]
-        self._key = key
+            self._fail(number, f"is already set at line {first}", section, key)
+        self._value = self.values[section][key] = [value]
 
-    def _fail(self, number: int, problem: str, expected: str) -> None:
-        problem = f"this line {problem}"
-        self.faults.append(
-            Fault(problem, self.file, number, self._section or None, expected=expected)
-        )
+    def _fail(
+        self, number: int, problem: str, section: str, key: str = "", expected: str | None = None
+    ) -> None:
+        self.faults.at(Place(self.file, section, key, number), problem, expected=expected)
 
 
 def _lines(text: str) -> list[str]:
@@ -170,22 +330,19 @@ def _lines(text: str) -> list[str]:
 
 def scan(path: str) -> Scan:
     """Read and scan one file; what is wrong with it is in the ``faults`` of the result."""
+    data = b""
     try:
         data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "there is no such file" if missing else f"cannot be read ({_reason(error)})"
-        result = Scan(path, "")
-        result.faults.append(Fault(reason, path))
-        return result
-    try:
         result = Scan(path, data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        return _unreadable(Fault("there is no such file", path))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        result = Scan(path, "")
         problem = f"byte {data[error.start]:#04x} is not UTF-8"
-        result.faults.append(Fault(problem, path, line, expected="a file saved as UTF-8"))
-        return result
+        return _unreadable(Fault(problem, path, line, expected="a file saved as UTF-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return _unreadable(Fault(f"cannot be read ({reason})", path))
     if data.startswith(BOM_UTF8):
         # pserve and all that loads the application would fail at it.
         problem = "the file begins with a byte order mark"
@@ -193,12 +350,10 @@ def scan(path: str) -> Scan:
     return result
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-#: What a relative file that is included is written after.
-_INCLUDE = "config:"
+def _unreadable(fault: Fault) -> Scan:
+    result = Scan(fault.file or "", "")
+    result.faults.append(fault)
+    return result
 
 
 @dataclass
@@ -300,10 +455,11 @@ class _Reader:
 
     def _include(self, value: Value, path: str, variables: Mapping[str, str]) -> None:
         text = str(value.text)
-        if not text.startswith(_INCLUDE) or not text[len(_INCLUDE) :].strip():
+        scheme, _, file = text.partition(":")
+        if scheme != "config" or not file.strip():
             self.faults.at(value.place, "cannot be followed", value=text, expected="config:FILE")
             return
-        target = str(Path(path).parent / text[len(_INCLUDE) :].strip())
+        target = str(Path(path).parent / file.strip())
         identity = _identity(target)
         if identity in self._open:
             circle = [*self._open[self._open.index(identity) :], identity]
