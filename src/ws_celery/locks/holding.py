@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from kombu import Connection
+from zope.interface import implementer
 
 from ws_celery.exceptions import ConfigurationError, LockGone, LocksUnavailable
+from ws_celery.interfaces import ILockStore
 from ws_celery.masking import logger_of
 from ws_celery.settings import our_setting
 
@@ -235,6 +237,7 @@ class Held:
         self.on_loss(self, reason)
 
 
+@implementer(ILockStore)
 class MemoryStore:
     """Keeps locks in this process: no other one sees them, and none outlives it."""
 

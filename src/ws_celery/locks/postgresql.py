@@ -19,8 +19,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
+from zope.interface import implementer
 
 from ws_celery.exceptions import LocksUnavailable
+from ws_celery.interfaces import ILockStore
 from ws_celery.locks.holding import Held, Holder
 from ws_celery.masking import masked_text
 from ws_celery.request import task_request
@@ -211,6 +213,7 @@ class _Session:
         self._connection.close()
 
 
+@implementer(ILockStore)
 class PostgresqlStore:
     """Keeps each lock as an advisory lock of a connection of its own.
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from kombu import Connection
 from redis import Redis
 from redis.exceptions import RedisError
+from zope.interface import implementer
 
 from ws_celery.exceptions import LocksUnavailable
+from ws_celery.interfaces import ILockStore
 from ws_celery.locks.holding import Held, Holder
 from ws_celery.masking import masked_text
 
@@ -92,6 +94,7 @@ _WHOLE = re.compile(rb"[1-9][0-9]{0,17}")
 _TOLD = {"task": str, "id": str, "host": str, "pid": int}
 
 
+@implementer(ILockStore)
 class RedisStore:
     """Keeps each lock as a hash that expires, beside an index of all locks.
 
