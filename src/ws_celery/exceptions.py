@@ -241,27 +241,31 @@ class NotRunYet(WsCeleryError, CeleryTimeoutError):
 class Unavailable(WsCeleryError):
     """Something that is needed does not answer; it may do so later.
 
-    :param part: the database of the outbox or of the schedule, the result backend, or the workers.
+    :param part: ``"outbox"`` or ``"schedule"``, whose database it is; ``"broker"``, ``"locks"``,
+        ``"results"`` or ``"workers"``.
     :param problem: what was seen; of workers, how long they were waited for.
     """
 
+    _DATABASE = (
+        "The database of the {part} does not answer: {problem}. Start it, or correct the URL that "
+        "the application connects to."
+    )
     _TEXTS: ClassVar = {
-        "outbox": "The database of the outbox does not answer: {}. Start it, or correct the URL "
-        "that the application connects to.",
-        "schedule": "The database of the schedule does not answer: {}. Start it, or correct the "
-        "URL that the application connects to.",
-        "results": "The result backend does not answer: {}. Start it, or correct `result_backend` "
-        "in [celery].",
-        "workers": "No worker has answered within {}. Start one with `ws-celery worker --ini "
-        "FILE`; or wait longer, by --timeout: a worker with the pool solo does not answer while "
-        "it runs a task.",
+        "outbox": _DATABASE,
+        "schedule": _DATABASE,
+        "broker": "{problem}",
+        "locks": "The one-instance locks are out of reach: {problem}. Start what keeps them, or "
+        "name another place by the setting ws_celery.locks.",
+        "results": "The result backend does not answer: {problem}. Start it, or correct "
+        "`result_backend` in [celery].",
+        "workers": "No worker has answered within {problem}. Start one with `ws-celery worker "
+        "--ini FILE`; or wait longer, by --timeout: a worker with the pool solo does not answer "
+        "while it runs a task.",
     }
 
-    def __init__(
-        self, part: Literal["outbox", "schedule", "results", "workers"], problem: str
-    ) -> None:
-        self.part: str = part
-        super().__init__(self._TEXTS[part].format(problem))
+    def __init__(self, part: str, problem: str) -> None:
+        self.part = part
+        super().__init__(self._TEXTS[part].format(part=part, problem=problem))
 
 
 class BrokerUnavailable(Unavailable):
@@ -271,61 +275,43 @@ class BrokerUnavailable(Unavailable):
     """
 
     def __init__(self, message: str) -> None:
-        self.part = "broker"
-        WsCeleryError.__init__(self, message)
+        super().__init__("broker", message)
 
 
 class LocksUnavailable(Unavailable):
     """What keeps the one-instance locks does not answer, or cannot keep them."""
 
     def __init__(self, problem: str) -> None:
-        self.part = "locks"
-        WsCeleryError.__init__(
-            self,
-            f"The one-instance locks are out of reach: {problem}. Start what keeps them, or name "
-            "another place by the setting ws_celery.locks.",
-        )
+        super().__init__("locks", problem)
 
 
 class SessionError(WsCeleryError):
-    """A request's database session is missing, or belongs to another transaction.
-
-    :param what: what cannot be done.
-    :param problem: why.
-    :param remedy: what to do.
-    """
-
-    def __init__(self, what: str, problem: str, remedy: str) -> None:
-        super().__init__(f"{what}: {problem}. {remedy}.")
+    """A request's database session is missing, or belongs to another transaction."""
 
     @classmethod
     def missing(cls, part: Part, task: str, attribute: str) -> SessionError:
         """Return the error of a request that has no session as its ``attribute``."""
         if part == "schedule":
             return cls(
-                "The schedule cannot be found in the database",
-                f"requests have no SQLAlchemy session as their attribute {attribute!r}",
-                "Name the attribute by the setting ws_celery.dbsession, or switch ws_celery.beat "
-                "off",
+                "The schedule cannot be found in the database: requests have no SQLAlchemy session "
+                f"as their attribute {attribute!r}. Name the attribute by the setting "
+                "ws_celery.dbsession, or switch ws_celery.beat off."
             )
         return cls(
-            f"{task} cannot be written to the outbox",
-            "the request that dispatches it has no SQLAlchemy session as its attribute "
-            f"{attribute!r}",
-            "Pass the request as the first argument, name the attribute by the setting "
-            "ws_celery.dbsession, or opt out with @task(outbox=False)",
+            f"{task} cannot be written to the outbox: the request that dispatches it has no "
+            f"SQLAlchemy session as its attribute {attribute!r}. Pass the request as the first "
+            "argument, name the attribute by the setting ws_celery.dbsession, or opt out with "
+            "@task(outbox=False)."
         )
 
     @classmethod
     def detached(cls, what: str, problem: str) -> SessionError:
         """Return the error of a row that its transaction would not commit."""
         return cls(
-            f"{what} cannot be written to the outbox",
-            problem,
-            "Pass the request whose transaction is open, whose session is registered with that "
-            "transaction's manager (zope.sqlalchemy.register(session, "
-            "transaction_manager=request.tm)), and dispatch before it commits; or opt out with "
-            "@task(outbox=False)",
+            f"{what} cannot be written to the outbox: {problem}. Pass the request whose "
+            "transaction is open, whose session is registered with that transaction's manager "
+            "(zope.sqlalchemy.register(session, transaction_manager=request.tm)), and dispatch "
+            "before it commits; or opt out with @task(outbox=False)."
         )
 
 
@@ -339,23 +325,12 @@ class TableError(WsCeleryError):
     """
 
     _REMEDIES: ClassVar = {
-        "missing": "Create it with `{command} --ini FILE`, or with a migration of Alembic.",
+        "missing": "Create it with `ws-celery {part} create --ini FILE`, or with a migration of "
+        "Alembic.",
         "different": "Change it by a migration of Alembic; or, when nothing in it is needed any "
-        "more, drop it and run `{command} --ini FILE`; or name another table by the setting "
-        "{setting}.",
+        "more, drop it and run `ws-celery {part} create --ini FILE`; or name another table by the "
+        "setting {setting}.",
         "read-only": "Connect to its primary server, in a transaction that may write{otherwise}.",
-    }
-    _WORDS: ClassVar = {
-        "outbox": {
-            "command": "ws-celery outbox create",
-            "setting": "ws_celery.outbox.table",
-            "otherwise": "; or send without the outbox, by @task(outbox=False)",
-        },
-        "schedule": {
-            "command": "ws-celery schedule create",
-            "setting": "ws_celery.beat.table",
-            "otherwise": "",
-        },
     }
 
     def __init__(
@@ -367,12 +342,16 @@ class TableError(WsCeleryError):
     ) -> None:
         self.part = part
         self.state = state
-        said = (
-            f"cannot write to the table {table}: the database is read-only ({problem})"
-            if state == "read-only"
-            else f"cannot use the table {table}: {problem}"
+        said = f"cannot use the table {table}: {problem}"
+        if state == "read-only":
+            said = f"cannot write to the table {table}: the database is read-only ({problem})"
+        of_outbox = part == "outbox"
+        remedy = self._REMEDIES[state].format(
+            part=part,
+            setting="ws_celery.outbox.table" if of_outbox else "ws_celery.beat.table",
+            otherwise="; or send without the outbox, by @task(outbox=False)" if of_outbox else "",
         )
-        super().__init__(f"The {part} {said}. {self._REMEDIES[state].format(**self._WORDS[part])}")
+        super().__init__(f"The {part} {said}. {remedy}")
 
 
 class NotFound(WsCeleryError):

@@ -9,6 +9,7 @@ from zope.interface.verify import verifyClass, verifyObject
 
 from ws_celery import events, interfaces, task
 from ws_celery.app import PyramidCelery
+from ws_celery.locks.holding import MemoryStore
 from ws_celery.transactions import DispatchDataManager
 
 
@@ -89,3 +90,21 @@ def test_each_class_of_events_implements_its_interface(event):
 
     assert interface.implementedBy(getattr(events, event))
     assert interface.extends(interfaces.ICeleryEvent)
+
+
+@pytest.mark.parametrize("name", ["outbox", "schedule"])
+def test_what_has_a_table_keeps_its_promises(make_app, name):
+    interface = {"outbox": interfaces.IOutbox, "schedule": interfaces.IScheduleStore}[name]
+    kept = getattr(make_app(ws_celery__outbox="true", ws_celery__beat="true").celery, name)
+    vars(kept)["engine"] = None  # verifyObject() looks at each attribute; there is no database
+
+    assert verifyObject(interface, kept)
+    assert interface.extends(interfaces.IDatabase)
+
+
+def test_each_store_of_locks_keeps_its_promises():
+    postgresql = pytest.importorskip("ws_celery.locks.postgresql")
+    redis = pytest.importorskip("ws_celery.locks.redis_store")
+
+    for store in (MemoryStore, postgresql.PostgresqlStore, redis.RedisStore):
+        assert verifyClass(interfaces.ILockStore, store)

@@ -38,9 +38,11 @@ from sqlalchemy import (
 )
 from sqlalchemy import select as select_
 from sqlalchemy.dialects import mysql, postgresql, sqlite
+from zope.interface import implementer
 
 from ws_celery.beat.entries import LONGEST_NAME, Known
 from ws_celery.exceptions import NotFound, Part
+from ws_celery.interfaces import IScheduleStore
 from ws_celery.masking import logger_of
 from ws_celery.outbox.store import Database
 from ws_celery.outbox.tables import LongText, Time, aware, seconds_from_now
@@ -102,6 +104,7 @@ class Locked(NamedTuple):
     known: dict[str, Known]
 
 
+@implementer(IScheduleStore)
 class Store(Database):
     """The schedule of an application in its database.
 

@@ -6,18 +6,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pyramid.config import Configurator
+
+if TYPE_CHECKING:
+    from pyramid.router import Router
 
 __all__ = ("main",)
 
 
-def main(_global_config: Any, **settings: str) -> Any:
+def main(_global_config: dict[str, str], **settings: str) -> Router:
     """Make the WSGI application: what an INI file's ``use = egg:ws-celery#demo`` calls."""
     with Configurator(settings=settings) as config:
         config.include(".models")
-        config.include(".pages")
+        config.include(".views")
         config.add_route("home", "/")
         config.add_route("orders", "/orders")
         config.add_route("order", "/orders/{id:[0-9]{1,15}}")

@@ -5,12 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import sqlite3
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import zope.sqlalchemy
+from celery import Task
+from pyramid.config import Configurator
+from pyramid.request import Request
 from sqlalchemy import (
+    Connection,
     DateTime,
     Dialect,
     Engine,
@@ -72,7 +77,7 @@ class Order(Base):
         """``done`` once there is a receipt."""
         return "done" if self.receipt else "waiting"
 
-    def __json__(self, request: Any) -> dict[str, Any]:
+    def __json__(self, request: Request) -> dict[str, Any]:
         return {
             "id": self.id,
             "url": request.route_path("order", id=self.id),
@@ -95,7 +100,7 @@ class Receipt(Base):
     url: Mapped[str]
     order: Mapped[Order] = relationship(back_populates="receipt")
 
-    def __json__(self, _request: Any) -> dict[str, Any]:
+    def __json__(self, _request: Request) -> dict[str, Any]:
         return {"order_id": self.order_id, "url": self.url, "pid": self.pid, "time": self.time}
 
 
@@ -108,7 +113,7 @@ class FailedOrder(Base):
     item: Mapped[str]
     task_id: Mapped[str]
 
-    def __json__(self, _request: Any) -> dict[str, Any]:
+    def __json__(self, _request: Request) -> dict[str, Any]:
         return {
             "id": self.id,
             "email": self.email,
@@ -126,7 +131,7 @@ class Report(Base):
 
     task_id: Mapped[str | None]
 
-    def __json__(self, request: Any) -> dict[str, Any]:
+    def __json__(self, request: Request) -> dict[str, Any]:
         return {
             "id": self.id,
             "url": request.route_path("report", id=self.id),
@@ -146,7 +151,7 @@ class TaskRun(Base):
     sent_by: Mapped[int | None]
 
     @classmethod
-    def of(cls, task: Any) -> TaskRun:
+    def of(cls, task: Task) -> TaskRun:
         """Return the row for the run that ``task``, as ``bind=True`` passes it, is in."""
         # Celery's messages tell where they come from: gen<pid>@<host>.
         sender = re.match(r"gen(\d+)@", task.request.origin or "")
@@ -165,7 +170,7 @@ class TaskRun(Base):
             execution_options={"synchronize_session": False},
         )
 
-    def __json__(self, _request: Any) -> dict[str, Any]:
+    def __json__(self, _request: Request) -> dict[str, Any]:
         return {
             "task": self.task,
             "id": self.task_id,
@@ -175,7 +180,7 @@ class TaskRun(Base):
         }
 
 
-def includeme(config: Any) -> None:
+def includeme(config: Configurator) -> None:
     """Open the database of ``sqlalchemy.url``, and add ``request.dbsession``."""
     engine = engine_from_config(
         config.registry.settings, "sqlalchemy.", connect_args={"timeout": BUSY_TIMEOUT}
@@ -185,7 +190,7 @@ def includeme(config: Any) -> None:
     _create_tables(engine)
     config.registry["engine"] = engine
 
-    def dbsession(request: Any) -> Session:
+    def dbsession(request: Request) -> Session:
         session = Session(engine)
         # It commits and aborts with the request: pyramid_tm's in a view, the task's in a task.
         zope.sqlalchemy.register(session, transaction_manager=request.tm)
@@ -194,11 +199,11 @@ def includeme(config: Any) -> None:
     config.add_request_method(dbsession, reify=True)
 
 
-def _leave_begin_to_us(connection: Any, _record: Any) -> None:
+def _leave_begin_to_us(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None
 
 
-def _begin(connection: Any) -> None:
+def _begin(connection: Connection) -> None:
     # Whoever reads first and writes later may find that another process wrote in between, and no
     # timeout helps then ("database is locked"). So everybody asks for the right to write at once.
     connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+from pyramid.request import Request
 from sqlalchemy import select
 
 from ws_celery import RequestAwareTask, TransactionalTask, task
@@ -24,7 +25,7 @@ RUNS_KEPT = 200
 
 
 @task(base=TransactionalTask, bind=True, ignore_result=True)
-def write_receipt(self: Any, request: Any, order_id: int) -> None:
+def write_receipt(self: TransactionalTask, request: Request, order_id: int) -> None:
     """Write the receipt of an order: all of this commits, or nothing."""
     request.dbsession.add(TaskRun.of(self))
     order = request.dbsession.scalars(select(Order).where(Order.id == order_id)).one()
@@ -34,7 +35,7 @@ def write_receipt(self: Any, request: Any, order_id: int) -> None:
 
 
 @task(base=RequestAwareTask, bind=True)
-def write_report(self: Any, request: Any) -> dict[str, Any]:
+def write_report(self: RequestAwareTask, request: Request) -> dict[str, Any]:
     """Write a report that takes a while, telling how far it is.
 
     No transaction is open meanwhile, so that nobody waits for this task.
@@ -51,7 +52,7 @@ def write_report(self: Any, request: Any) -> dict[str, Any]:
 
 
 @task(base=TransactionalTask, bind=True, ignore_result=True)
-def tick(self: Any, request: Any) -> None:
+def tick(self: TransactionalTask, request: Request) -> None:
     """Note that the schedule is alive; and forget what nobody looks at any more."""
     request.dbsession.add(TaskRun.of(self))
     for each in (tick, write_receipt, write_report):

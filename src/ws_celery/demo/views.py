@@ -14,16 +14,19 @@ from string import Template
 from typing import Any, NoReturn
 
 from celery.states import READY_STATES
+from pyramid.config import Configurator
 from pyramid.httpexceptions import (
     HTTPBadRequest,
     HTTPClientError,
+    HTTPException,
     HTTPNotFound,
     HTTPSeeOther,
     HTTPServiceUnavailable,
 )
 from pyramid.renderers import JSON as _JSON
+from pyramid.request import Request
 from pyramid.view import exception_view_config, view_config
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 
 from ws_celery.demo.models import Base, FailedOrder, Order, Receipt, Report, TaskRun, now
 from ws_celery.demo.tasks import tick, write_receipt, write_report
@@ -53,7 +56,7 @@ class Page:
     changing: bool = False
 
 
-def includeme(config: Any) -> None:
+def includeme(config: Configurator) -> None:
     """Add the renderers ``page``, ``home`` and ``json``."""
     config.add_renderer("page", lambda _info: _page_renderer)
     config.add_renderer("home", lambda _info: _home_renderer)
@@ -62,7 +65,7 @@ def includeme(config: Any) -> None:
     config.add_renderer("json", json)
 
 
-def _home_renderer(_value: Any, system: Mapping[str, Any]) -> str:
+def _home_renderer(_value: object, system: Mapping[str, Any]) -> str:
     return _layout(system["request"], title="ws_celery", body=_template("home.html").template)
 
 
@@ -83,7 +86,7 @@ def _page_renderer(page: Page, system: Mapping[str, Any]) -> str:
     return _layout(request, title=f"{page.title} · ws_celery", body=body)
 
 
-def _layout(request: Any, title: str, body: str) -> str:
+def _layout(request: Request, title: str, body: str) -> str:
     static: Callable[[str], str] = request.static_path
     return _template("layout.html").substitute(
         title=escape(title),
@@ -127,13 +130,13 @@ class NotThere(HTTPNotFound):
 
 
 @view_config(route_name="home", accept="text/html", renderer="home")
-def home_page(_request: Any) -> dict[str, Any]:
+def home_page(_request: Request) -> dict[str, Any]:
     """Show the front page; its script asks for :func:`home` every second."""
     return {}
 
 
 @view_config(route_name="home", **JSON)
-def home(request: Any) -> dict[str, Any]:
+def home(request: Request) -> dict[str, Any]:
     """Return what happened lately, newest first."""
     runs = select(TaskRun)
     return {
@@ -150,20 +153,19 @@ def home(request: Any) -> dict[str, Any]:
     }
 
 
-def _newest(request: Any, query: Any) -> list[Any]:
+def _newest(request: Request, query: Select[Any]) -> list[Any]:
     table = query.column_descriptions[0]["entity"]
-    found = request.dbsession.scalars(query.order_by(table.id.desc()).limit(SHOWN))
-    return list(found)
+    return list(request.dbsession.scalars(query.order_by(table.id.desc()).limit(SHOWN)))
 
 
-def _count_runs(request: Any, task_id: str) -> int:
+def _count_runs(request: Request, task_id: str) -> int:
     query = select(func.count()).where(TaskRun.task_id == task_id)
     count: int = request.dbsession.scalar(query)
     return count
 
 
 @view_config(route_name="orders", request_method="POST")
-def place_order(request: Any) -> Any:
+def place_order(request: Request) -> HTTPSeeOther:
     """Store an order and call the task that writes its receipt; with ``fail``, fail after that."""
     email, item, fail = _read_order(request)
     order = Order(email=email, item=item)
@@ -176,10 +178,10 @@ def place_order(request: Any) -> Any:
     return HTTPSeeOther(request.route_path("order", id=order.id))
 
 
-def _fail(request: Any, order: Order) -> NoReturn:
+def _fail(request: Request, order: Order) -> NoReturn:
     failed = FailedOrder(email=order.email, item=order.item, task_id=order.task_id)
 
-    def remember(request: Any) -> None:
+    def remember(request: Request) -> None:
         # The order's transaction has aborted by now; this is another one.
         with request.tm:
             request.dbsession.add(failed)
@@ -188,7 +190,7 @@ def _fail(request: Any, order: Order) -> NoReturn:
     raise OrderFailed(failed.task_id)
 
 
-def _read_order(request: Any) -> tuple[str, str, bool]:
+def _read_order(request: Request) -> tuple[str, str, bool]:
     try:
         fields = request.json_body if "json" in request.content_type else request.POST
         email, item, fail = (fields.get(name, "") for name in ("email", "item", "fail"))
@@ -214,13 +216,13 @@ def _text(name: str, value: object, longest: int) -> str:
 
 
 @view_config(route_name="order", **JSON)
-def order(request: Any) -> Order:
+def order(request: Request) -> Order:
     """Return one order."""
     return _find(request, Order, "order")
 
 
 @view_config(route_name="order", **HTML)
-def order_page(request: Any) -> Page:
+def order_page(request: Request) -> Page:
     """Show one order, and ask again until its receipt is there."""
     order = _find(request, Order, "order")
     facts = {
@@ -239,13 +241,13 @@ def order_page(request: Any) -> Page:
 
 
 @view_config(route_name="receipt", **JSON)
-def receipt(request: Any) -> Receipt:
+def receipt(request: Request) -> Receipt:
     """Return the receipt of an order."""
     return _find_receipt(request)
 
 
 @view_config(route_name="receipt", **HTML)
-def receipt_page(request: Any) -> Page:
+def receipt_page(request: Request) -> Page:
     """Show the receipt of an order."""
     receipt = _find_receipt(request)
     facts = {
@@ -264,7 +266,7 @@ def receipt_page(request: Any) -> Page:
     )
 
 
-def _find_receipt(request: Any) -> Receipt:
+def _find_receipt(request: Request) -> Receipt:
     order = _find(request, Order, "order")
     if order.receipt is None:
         raise NotThere(f"Order {order.id} has no receipt yet: a worker writes it.")
@@ -272,7 +274,7 @@ def _find_receipt(request: Any) -> Receipt:
 
 
 @view_config(route_name="reports", request_method="POST")
-def ask_for_report(request: Any) -> Any:
+def ask_for_report(request: Request) -> HTTPSeeOther:
     """Call the task that writes a report."""
     report = Report(task_id=write_report.delay().id)
     request.dbsession.add(report)
@@ -281,14 +283,14 @@ def ask_for_report(request: Any) -> Any:
 
 
 @view_config(route_name="report", **JSON)
-def report(request: Any) -> dict[str, Any]:
+def report(request: Request) -> dict[str, Any]:
     """Return a report's progress, from Celery's result backend."""
     report = _find(request, Report, "report")
     return {**report.__json__(request), **_progress(request, report)}
 
 
 @view_config(route_name="report", **HTML)
-def report_page(request: Any) -> Page:
+def report_page(request: Request) -> Page:
     """Show a report's progress, and ask again until it is ready."""
     report = _find(request, Report, "report")
     progress = _progress(request, report)
@@ -307,7 +309,7 @@ def report_page(request: Any) -> Page:
     )
 
 
-def _progress(request: Any, report: Report) -> dict[str, Any]:
+def _progress(request: Request, report: Report) -> dict[str, Any]:
     result = request.celery_app.AsyncResult(report.task_id)
     try:
         state, info = result.state, result.info
@@ -317,7 +319,7 @@ def _progress(request: Any, report: Report) -> dict[str, Any]:
     return {"state": state, "percent": known.get("percent", 0), "pid": known.get("pid")}
 
 
-def _find(request: Any, table: type[Base], what: str) -> Any:
+def _find(request: Request, table: type[Base], what: str) -> Any:
     found = request.dbsession.get(table, int(request.matchdict["id"]))
     if found is None:
         raise NotThere(f"There is no {what} {request.matchdict['id']}.")
@@ -326,13 +328,13 @@ def _find(request: Any, table: type[Base], what: str) -> Any:
 
 @view_config(route_name="orders", request_method="GET")
 @view_config(route_name="reports", request_method="GET")
-def lists(request: Any) -> Any:
+def lists(request: Request) -> HTTPSeeOther:
     """Go to the front page, where the lists are."""
     return HTTPSeeOther(request.route_path("home"))
 
 
 @exception_view_config(OrderFailed, **JSON)
-def order_failed(error: OrderFailed, request: Any) -> dict[str, Any]:
+def order_failed(error: OrderFailed, request: Request) -> dict[str, Any]:
     """Answer the request that failed."""
     request.response.status_int = 500
     return {
@@ -342,7 +344,7 @@ def order_failed(error: OrderFailed, request: Any) -> dict[str, Any]:
 
 
 @exception_view_config(OrderFailed, **HTML)
-def order_failed_page(error: OrderFailed, request: Any) -> Page:
+def order_failed_page(error: OrderFailed, request: Request) -> Page:
     """Show that the request failed, and what that means for its task."""
     request.response.status_int = 500
     return Page(
@@ -355,7 +357,7 @@ def order_failed_page(error: OrderFailed, request: Any) -> Page:
 
 @exception_view_config(HTTPClientError, **JSON)
 @exception_view_config(HTTPServiceUnavailable, **JSON)
-def refused(error: Any, request: Any) -> dict[str, Any]:
+def refused(error: HTTPException, request: Request) -> dict[str, Any]:
     """Say what is wrong with a request."""
     request.response.status_int = error.code
     return {"error": _sentence(error)}
@@ -363,13 +365,13 @@ def refused(error: Any, request: Any) -> dict[str, Any]:
 
 @exception_view_config(HTTPClientError, **HTML)
 @exception_view_config(HTTPServiceUnavailable, **HTML)
-def refused_page(error: Any, request: Any) -> Page:
+def refused_page(error: HTTPException, request: Request) -> Page:
     """Show what is wrong with a request."""
     request.response.status_int = error.code
     return Page(error.title, _sentence(error))
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: HTTPException) -> str:
     # Where there is no view, Pyramid's own words are for developers.
     if isinstance(error, HTTPNotFound) and not isinstance(error, NotThere):
         return "There is no page at this address."

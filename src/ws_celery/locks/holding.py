@@ -19,7 +19,10 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
+from zope.interface import implementer
+
 from ws_celery.exceptions import LockGone, LocksUnavailable
+from ws_celery.interfaces import ILockStore
 from ws_celery.masking import logger_of
 
 __all__ = ("Held", "Holder", "LockStore", "MemoryStore", "Renewal")
@@ -96,6 +99,7 @@ def _number(digits: str) -> int | None:
     return int(digits) if len(digits) < 19 else None  # none of ours is longer
 
 
+@implementer(ILockStore)
 class LockStore(ABC):
     """Where locks are: all the workers of an application see the same.
 

@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import scoped_session
+from zope.interface import implementer
 
 from ws_celery.exceptions import (
     ConfigurationError,
@@ -20,6 +21,7 @@ from ws_celery.exceptions import (
     Unavailable,
     WsCeleryError,
 )
+from ws_celery.interfaces import IDatabase, IOutbox
 from ws_celery.masking import logger_of, masked_text
 from ws_celery.outbox.journal import Journal, publication_of, row_id_in, row_of, times_of
 from ws_celery.outbox.rows import Rows
@@ -55,6 +57,7 @@ __all__ = (
 log = logger_of(__name__)
 
 
+@implementer(IDatabase)
 class Database:
     """The database of the application's sessions, for one table of ours.
 
@@ -147,6 +150,7 @@ class Database:
         return session() if isinstance(session, scoped_session) else session
 
 
+@implementer(IOutbox)
 class Outbox(Database):
     """Keeps each dispatch of an application as a row of its database until it has taken effect.
 
