@@ -23,7 +23,7 @@ from kombu.utils.uuid import uuid
 
 from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.locks import rule_of
-from ws_celery.publishing import batch
+from ws_celery.publishing import batch, publish
 from ws_celery.recording import (
     Publication,
     RecordingProducer,
@@ -132,12 +132,14 @@ class BulkPublication(Publication):
         self, example: Example, payload: str | bytes, own: tuple[str, int, str, str]
     ) -> None:
         super().__init__(payload, example.options)
+        self.task_id = own[0]
         self._example = example
         self._own = own
+        del self.options  # from now on they are made when they are asked for, see __getattr__()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the publish."""
+    def __getattr__(self, name: str) -> dict[str, Any]:
+        if name != "options":
+            raise AttributeError(name)
         task_id, number, argsrepr, kwargsrepr = self._own
         headers = {
             **self._example.headers,
@@ -148,20 +150,10 @@ class BulkPublication(Publication):
         }
         if self._example.root_is_own:
             headers["root_id"] = task_id
-        options = {**self._options, "headers": headers}
+        options = {**self._example.options, "headers": headers}
         if self._example.correlation_is_own:
             options["correlation_id"] = task_id
         return options
-
-    @property
-    def task_id(self) -> str:
-        """Id of the task."""
-        return self._own[0]
-
-    @property
-    def task_name(self) -> str:
-        """Name of the task."""
-        return str(self._example.headers["task"])
 
 
 class BulkResult(GroupResult):
@@ -346,6 +338,6 @@ def _send(app: Any, producer: Any, publications: list[Publication]) -> None:
 def _publish(producer: Any, publications: list[Publication]) -> None:
     first, *others = publications
     with producer.connection._reraise_as_library_errors(), batch(producer, publications):
-        first.publish(producer)
+        publish(producer, first)
         for publication in others:
-            publication.publish(producer, declare=None)
+            publish(producer, publication, declare=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -24,7 +24,6 @@ from pyramid.events import NewRequest
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.registry import Deferred
 from pyramid.tweens import EXCVIEW
-from transaction.interfaces import NoTransaction
 from zope.interface import implementer
 
 from ws_celery.app import PyramidCelery, get_celery_app
@@ -45,7 +44,7 @@ from ws_celery.request import Propagator
 from ws_celery.settings import Configuration, Setting, our_setting, read_configuration
 from ws_celery.settings.keys import OUR_SETTINGS
 from ws_celery.transactional import retry_attempts
-from ws_celery.transactions import raising_interruptions, remember_transaction
+from ws_celery.transactions import raising_interruptions
 
 __all__ = (
     "GROUP",
@@ -155,10 +154,10 @@ def includeme(config: Any) -> None:
     # Around pyramid_tm, whose commit runs eager tasks.
     over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
-    config.add_subscriber(_watch_transactions, NewRequest)
     app = PyramidCelery(config.registry)
     app.locks = Locks(app)
     config.registry.registerUtility(app, ICeleryApp)
+    config.add_subscriber(app.transactions.watch_request, NewRequest)
     # Configured before PHASE3, where tasks are registered; after it what `imports` and plugins
     # name, and last the handlers that look for tasks.
     _add_action(config, _configure_celery_app, order=PHASE2_CONFIG)
@@ -221,20 +220,6 @@ def _end_attempts(request: Any) -> None:
     # The request has committed: pyramid_retry must not do its work again for the error of a task.
     environ = request.environ
     environ["retry.attempts"] = environ.get("retry.attempt", 0) + 1
-
-
-def _watch_transactions(event: NewRequest) -> None:
-    # The thread's manager outlives the request: tell what was begun for it from what is left over.
-    environ = event.request.environ
-    begun = environ.get("tm.manager") is transaction.manager or "repoze.tm.active" in environ
-    app = get_celery_app(event.request)
-    app.transactions.watch(transaction.manager, begun=begun)
-    if manager := environ.get("tm.manager"):
-        if environ.get("tm.active"):
-            app.transactions.manage(manager, event.request)
-        with suppress(NoTransaction):
-            manager.get().set_data(ICeleryApp, app)  # see current_celery_app()
-            remember_transaction(event.request, manager)
 
 
 def configure_celery(config: Any, config_uri: str | None = None, **overrides: Any) -> None:

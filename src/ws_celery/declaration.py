@@ -15,14 +15,20 @@ from celery.local import Proxy
 from celery.result import GroupResult
 from pyramid.config.actions import action_method
 
-from ws_celery.app import PyramidCelery, app_if_loaded, current_celery_app, get_celery_app
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import (
+    app_for,
+    app_if_loaded,
+    current_celery_app,
+    get_celery_app,
+)
 from ws_celery.beat.sources import declare
 from ws_celery.bulk import split_call
 from ws_celery.derivers import check_options, derive, task_derivers
 from ws_celery.exceptions import ConfigurationError, Fault, TaskNotRegistered
 from ws_celery.locks import apply_option, check_rule
 from ws_celery.masking import logger_of, masked, without_arguments
-from ws_celery.request import calling, split_request
+from ws_celery.request import calling_request, split_request
 from ws_celery.signatures import without_request
 from ws_celery.tasks import problem_of_request
 from ws_celery.transactional import TransactionalTask
@@ -48,7 +54,7 @@ class TaskProxy:
 
     Nothing is registered until an application scans the module. Each use looks the task up: in the
     application of the request that is passed, else in the current one (see
-    :func:`ws_celery.app.current_celery_app`).
+    :func:`ws_celery.applications.current_celery_app`).
 
     :param target: the function, or a task class with a ``run(self, request, ...)``.
     :param options: options of the task, as :meth:`celery.Celery.task` takes them, and
@@ -59,22 +65,17 @@ class TaskProxy:
         update_wrapper(self, target, updated=())
         self._options = dict(options)
         self._target = apply_option(target, self._options.pop("one_instance", None))
+        #: Module and name of what is declared, for messages.
+        self.target = f"{self._target.__module__}.{self._target.__name__}"
+        #: Name of the task: the option ``name``, else module and name of the function.
+        self.name: str = (
+            self._options.get("name") or getattr(self._target, "name", None) or self.target
+        )
         #: File, line, function and source of the decorator, as Pyramid reports conflicts.
         self.place: tuple[str, int, str, str] | None = None
         if not inspect.isclass(target) and getattr(self.base, "takes_request", False):
             bound = bool(self._options.get("bind"))
             self.__wrapped__ = without_request(target, int(bound), bound=bound)
-
-    @property
-    def name(self) -> str:
-        """Name of the task: the option ``name``, else module and name of the function."""
-        name = self._options.get("name") or getattr(self._target, "name", None)
-        return name or self.target
-
-    @property
-    def target(self) -> str:
-        """Module and name of what is declared, for messages."""
-        return f"{self._target.__module__}.{self._target.__name__}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -151,8 +152,9 @@ class TaskProxy:
 
     def _of(self, args: Any, kwargs: Any) -> Task:
         request, _, _ = split_request(args, kwargs)
-        with calling(request):
-            app = current_celery_app(f"the task {self.name!r}")
+        if request is None:
+            request = calling_request()
+        app = app_for(request, f"the task {self.name!r}")
         try:
             return app.tasks[self.name]
         except KeyError:

@@ -9,7 +9,7 @@ what it has captured by the same means.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import Context as Variables
 from threading import local
@@ -106,7 +106,9 @@ class MemoryBackend(CacheBackend):
     def __init__(self, app: PyramidCelery) -> None:
         super().__init__(app=app, url="memory://")
 
-    def wait_for(self, task_id: str, on_interval: Any = None, **_: Any) -> Any:
+    def wait_for(
+        self, task_id: str, on_interval: Callable[[], None] | None = None, **_: Any
+    ) -> dict[str, Any]:
         """Return what is kept of a task that has run.
 
         :raises NotRunYet: if it has not.

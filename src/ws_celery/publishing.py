@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -14,18 +13,24 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import SoftTimeLimitExceeded
 from kombu import Connection, Producer
 from kombu.exceptions import OperationalError
-from pyramid.registry import Registry
 
-from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled, tell
+from ws_celery.events import TasksPublished, tell
 from ws_celery.exceptions import BrokerUnavailable
-from ws_celery.masking import logger_of, masked_text
+from ws_celery.recording import (
+    DELAYING_EXCHANGE,
+    OUTBOX_HEADER,
+    ROW_HEADER,
+    Publication,
+    delay_anew,
+)
 from ws_celery.settings import our_setting
-from ws_celery.shown_arguments import described_arguments
 from ws_celery.spool import Spool
 
 if TYPE_CHECKING:
+    from kombu.transport.virtual import Channel
+    from redis.client import Pipeline
+
     from ws_celery.app import PyramidCelery
-    from ws_celery.recording import Publication
 
 __all__ = (
     "Attempt",
@@ -34,16 +39,15 @@ __all__ = (
     "batch",
     "connect",
     "lighten",
+    "publish",
 )
-
-log = logger_of(__name__)
 
 
 class PartlyRefused(Exception):
     """A Redis has refused some of the commands that it was sent together, and obeyed others."""
 
 
-def connect(channel: Any) -> None:
+def connect(channel: Channel) -> None:
     """Connect a channel to Redis, also if the server has hung up: nothing was sent until then.
 
     Channels to other brokers are left alone.
@@ -60,7 +64,7 @@ def connect(channel: Any) -> None:
             pool.release(connection)
 
 
-def lighten(channel: Any) -> None:
+def lighten(channel: Channel) -> None:
     """Let ``channel`` keep one client, and push what is published together by one command.
 
     kombu makes a client of redis-py for each publish, which costs more than all the rest of it, and
@@ -91,12 +95,12 @@ class _Pushes:
     :param pipeline: redis-py's.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._key: Any = None
-        self._values: list[Any] = []
+        self._key = ""
+        self._values: list[bytes] = []
 
-    def lpush(self, key: Any, *values: Any) -> None:
+    def lpush(self, key: str, *values: bytes) -> None:
         if key != self._key:
             self._push()
             self._key = key
@@ -174,16 +178,14 @@ class Publisher:
 
     What has certainly not been sent, and has no row in the outbox, is spooled.
 
-    :param app: the Celery app whose broker it is.
-    :param registry: where the settings and the subscribers are.
+    :param app: the Celery app whose broker it is; its registry has the settings.
     """
 
-    def __init__(self, app: PyramidCelery, registry: Registry) -> None:
-        settings = registry.settings
+    def __init__(self, app: PyramidCelery) -> None:
+        settings = app.registry.settings
         self.timeout = our_setting(settings, "ws_celery.publish_timeout", 2.0)
         self.cooldown = our_setting(settings, "ws_celery.publish_cooldown", 5.0)
-        self.spool = Spool(self, our_setting(settings, "ws_celery.publish_spool", 10_000))
-        self._log_arguments = our_setting(settings, "ws_celery.log_arguments", default=False)
+        self.spool = Spool(app, self)
         self._app = app
         self._down_until: float | None = None
         self._idle: deque[Producer] = deque()
@@ -197,12 +199,8 @@ class Publisher:
         It is logged with the names and ids of the tasks, and events tell what became of them. What
         interrupts the process, such as a time limit, is raised.
         """
-        try:
-            self._refuse_while_down()
-        except BrokerUnavailable as error:
-            self.conclude(publications, Attempt(error=error))
-            return
-        attempt = self.attempt(publications)
+        reason = self._reason_to_wait()
+        attempt = Attempt(error=reason) if reason else self.attempt(publications)
         self.conclude(publications, attempt)
         if attempt.error is not None and _interrupts(attempt.error):
             raise attempt.error
@@ -245,50 +243,14 @@ class Publisher:
         """
         if attempt.error is None:
             self._down_until = None
-        elif attempt.down:
-            self._down_until = monotonic() + self.cooldown
-        if attempt.error is not None:
-            self._leave_to_relay(publications[attempt.sent :], attempt.error)
-            if not late:
-                self._spool(publications[attempt.begun :], attempt.error)
-            doubtful = publications[attempt.sent : attempt.begun]
-            self.report([each for each in doubtful if not each.row_id], attempt.error)
+        else:
+            if attempt.down:
+                self._down_until = monotonic() + self.cooldown
+            self.spool.conclude_failure(publications, attempt, attempt.error, late=late)
         if sent := publications[: attempt.sent]:
             if self._app.outbox is not None:
                 self._app.outbox.published(sent)
             tell(TasksPublished(self._app, sent, late=late))
-
-    def _leave_to_relay(self, publications: Sequence[Publication], error: BaseException) -> None:
-        if kept := [publication for publication in publications if publication.row_id]:
-            log.warning("The outbox keeps %d tasks for the relay: %s", len(kept), error)
-            self._app.outbox.not_published(kept)
-
-    def _spool(self, publications: Sequence[Publication], error: BaseException) -> None:
-        publications = [each for each in publications if not each.row_id]
-        if not publications:
-            return
-        lost = self.spool.keep(publications)
-        without = set(lost)
-        if kept := [each for each in publications if each not in without]:
-            self._log(logging.WARNING, "this process sends these tasks later", kept, error)
-            tell(TasksSpooled(self._app, kept, error=error))
-        self.report(lost, error, ambiguous=False)
-
-    def report(
-        self,
-        publications: Sequence[Publication],
-        error: BaseException,
-        *,
-        ambiguous: bool = True,
-    ) -> None:
-        """Tell that messages are lost.
-
-        :param ambiguous: whether they may have been sent all the same.
-        """
-        if any(publication.task_id for publication in publications):
-            said = "these tasks may not have been sent" if ambiguous else "these tasks are lost"
-            self._log(logging.ERROR, said, publications, error)
-            tell(PublishFailed(self._app, publications, error=error, ambiguous=ambiguous))
 
     def end(self) -> None:
         """Wait ``ws_celery.publish_timeout`` for what is spooled, at the end of the process."""
@@ -316,22 +278,24 @@ class Publisher:
             while True:
                 self._idle.pop().connection.release()
 
-    def _refuse_while_down(self) -> None:
-        if len(self.spool):
-            raise BrokerUnavailable(
+    def _reason_to_wait(self) -> BrokerUnavailable | None:
+        """Return why nothing is sent now, if so: the next message would be late, or fail."""
+        if self.spool.waiting or self.spool.in_hand:
+            return BrokerUnavailable(
                 "The broker has not taken yet what was dispatched before, and nothing overtakes "
                 "it. Start the broker."
             )
         down_until = self._down_until  # another thread may find the broker up meanwhile
         if down_until is None:
-            return
+            return None
         if monotonic() < down_until:
-            raise BrokerUnavailable(
+            return BrokerUnavailable(
                 "The broker has not answered a moment ago. Nothing is sent to it for "
                 f"ws_celery.publish_cooldown = {self.cooldown} seconds; start the broker."
             )
         # This flush tries; those of other threads need not wait with it.
         self._down_until = monotonic() + self.timeout
+        return None
 
     def _acquire(self) -> Producer:
         if self._pid != os.getpid():
@@ -371,35 +335,27 @@ class Publisher:
             connection.connection.sock.settimeout(patience)
         return connection
 
-    def _log(
-        self, level: int, said: str, publications: Sequence[Publication], error: BaseException
-    ) -> None:
-        tasks = [self._described(each) for each in publications if each.task_id]
-        is_known = isinstance(error, BrokerUnavailable)
-        log.log(
-            level,
-            "The transaction has committed, but %s: %s (%s)",
-            said,
-            ", ".join(tasks),
-            masked_text(str(error)) or type(error).__name__,
-            exc_info=None if level < logging.ERROR or is_known else error,
-        )
-
-    def _described(self, publication: Publication) -> str:
-        text = f"{publication.task_name}[{publication.task_id}]"
-        if not self._log_arguments:
-            return text
-        args, kwargs = described_arguments(
-            self._app, publication.task_name, publication.call, publication.told_arguments
-        )
-        return f"{text} args={args} kwargs={kwargs}"
-
 
 def _bound_redis(options: dict[str, Any], patience: float) -> None:
     for option in ("socket_connect_timeout", "socket_timeout"):
         options[option] = min(patience, options.get(option) or patience)
     for option in _REDIS_RETRIES:
         options.pop(option, None)
+
+
+def publish(producer: Producer, publication: Publication, **overrides: Any) -> None:
+    """Hand a message to the broker, now.
+
+    :param overrides: options of the publish that take the place of its own.
+    """
+    options = {**publication.options, **overrides}
+    exchange = options.get("exchange")
+    if getattr(exchange, "name", exchange) == DELAYING_EXCHANGE:
+        delay_anew(options)
+    if publication.row_id is not None and not publication.anonymous:
+        row = {ROW_HEADER: str(publication.row_id), OUTBOX_HEADER: publication.outbox}
+        options["headers"] = {**options["headers"], **row}
+    producer.publish(publication.payload, **options)
 
 
 def batch(producer: Producer, publications: Sequence[Publication]) -> AbstractContextManager[Any]:
@@ -432,7 +388,7 @@ def _send_together(
         part = publications[start : start + BATCH]
         with batch(producer, part):
             for publication in part:
-                publication.publish(producer, declare=None, retry=False)
+                publish(producer, publication, declare=None, retry=False)
             attempt.begun += len(part)  # it leaves at the end of the block
         attempt.sent = attempt.begun
 
@@ -445,7 +401,7 @@ def _send_each(
         if attempt.begun and monotonic() > deadline:
             break
         attempt.begun += 1
-        publication.publish(producer, declare=None, retry=False)
+        publish(producer, publication, declare=None, retry=False)
         if answers:
             attempt.sent = attempt.begun
     if not answers:

@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from amqp.serialization import dumps as dumps_amqp
+from celery.backends.base import Backend
 from celery.utils.time import maybe_iso8601
-from kombu import Connection, Producer, Queue
+from kombu import Connection, Exchange, Producer, Queue
 from kombu.compression import get_encoder
 from kombu.exceptions import EncodeError
-from kombu.serialization import dumps, loads
+from kombu.serialization import dumps
 from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE as BITS
 from kombu.utils import json
+from pyramid.request import Request
 
+from ws_celery.converters import aware
 from ws_celery.exceptions import ArgumentNotSerializable, OptionNotSendable
 
+if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
+
+    from ws_celery.outbox.journal import Journal
+
 __all__ = (
+    "DELAYING_EXCHANGE",
     "OUTBOX_HEADER",
     "ROW_HEADER",
     "Publication",
@@ -36,11 +45,12 @@ __all__ = (
     "blame_argument",
     "delay_anew",
     "freeze_envelope",
-    "held_publications",
     "holding",
+    "immediate",
     "immediately",
-    "is_immediate",
+    "not_while_recording",
     "refuse_misread",
+    "withheld",
 )
 
 #: The keys of an object that kombu writes for a UUID or a time, and reads as one.
@@ -86,23 +96,24 @@ def refuse_misread(
     :raises ArgumentNotSerializable: if it is in an argument.
     :raises OptionNotSendable: if it is in an option.
     """
-    if serializer in (None, "json") and (_is_misread(args) or _is_misread(kwargs)):
-        name = next(name for name, value in _named(args, kwargs) if _is_misread(value))
+    if serializer in (None, "json") and _is_misread((args, kwargs)):
+        # If none of the values is to blame, the two names of the keyword arguments are.
+        misread = (name for name, value in _named(args, kwargs) if _is_misread(value))
         advice = f"{_MISREAD}. Name another key, or pass its text, by json.dumps()"
-        raise ArgumentNotSerializable(task, name, "json", advice)
+        raise ArgumentNotSerializable(task, next(misread, "argument '__type__'"), "json", advice)
     if _is_misread(options):
         name = next(name for name, value in options.items() if _is_misread(value))
         raise OptionNotSendable(f"{task}: the option {name!r}", _MISREAD)
 
 
-def _is_misread(value: Any) -> bool:
+def _is_misread(value: object) -> bool:
     try:
         return _has_form(value)
     except RecursionError:
         return False  # it is its own part, and cannot be written
 
 
-def _has_form(value: Any) -> bool:
+def _has_form(value: object) -> bool:
     if isinstance(value, dict):
         if len(value) == len(_FORM) and value.keys() == _FORM:
             return True
@@ -124,7 +135,7 @@ def _named(
         yield f"argument {name!r}", value
 
 
-def _culprits(value: Any, serializer: str, around: tuple[Any, ...] = ()) -> Iterator[Any]:
+def _culprits(value: object, serializer: str, around: tuple[object, ...] = ()) -> Iterator[object]:
     """Yield what does not serialise, the smallest parts of it."""
     try:
         dumps(value, serializer=serializer)
@@ -136,13 +147,13 @@ def _culprits(value: Any, serializer: str, around: tuple[Any, ...] = ()) -> Iter
         yield from culprits or [value]
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def _parts(value: object) -> Iterable[object]:
     if isinstance(value, Mapping):
         return [*value, *value.values()]
     return value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else ()
 
 
-def _advice(value: Any) -> str:
+def _advice(value: object) -> str:
     kind = type(value).__name__
     sqlalchemy = sys.modules.get("sqlalchemy")
     state: Any = sqlalchemy and sqlalchemy.inspect(value, raiseerr=False)
@@ -155,46 +166,17 @@ def _advice(value: Any) -> str:
     return f"it has a {kind}. Pass numbers, texts, lists and dictionaries"
 
 
-#: The exchange that messages with a delay go to.
-_EXCHANGE = f"celery_delayed_{BITS - 1}"
-
-_DELAY = re.compile(rf"(?:[01]\.){{{BITS}}}")
-
-
-def bare_key(routing_key: str) -> str:
-    """Return a routing key without the delay that it may have."""
-    return _DELAY.sub("", routing_key, count=1)
-
-
-def delay_anew(options: dict[str, Any]) -> None:
-    """Let a message that RabbitMQ delays wait for what is left until its ``eta``.
-
-    :param options: of the publish; what has no delay stays as it is.
-    """
-    exchange, key = options.get("exchange"), options.get("routing_key")
-    eta = (options.get("headers") or {}).get("eta")
-    if getattr(exchange, "name", exchange) != _EXCHANGE or not (key and eta):
-        return
-    # With no delay at all it passes through all levels to its queue.
-    delay = f"{max(_seconds_until(eta), 0):0{BITS}b}"
-    options["routing_key"] = ".".join((*delay, bare_key(key)))
-
-
-def _seconds_until(eta: str) -> int:
-    time = maybe_iso8601(eta)
-    if time.tzinfo is None:
-        time = time.replace(tzinfo=timezone.utc)  # as the worker reads it
-    return int((time - datetime.now(timezone.utc)).total_seconds())
-
-
 #: What every broker takes and nobody can change.
 _PLAIN = frozenset((str, bool, float, type(None)))
+
+#: What keys have to be.
+_TEXTS = frozenset((str,))
 
 #: The smallest whole number that has no place in a header of AMQP.
 _TOO_BIG = 2**63
 
 #: Options of a publish that end in the message beside its headers, and what they have to be.
-_NUMBERS: dict[str, Any] = {"priority": int, "expiration": (int, float)}
+_NUMBERS: dict[str, type | tuple[type, ...]] = {"priority": int, "expiration": (int, float)}
 
 #: Options of a publish that are not written into the message.
 _OF_PUBLISH = frozenset(
@@ -250,17 +232,43 @@ def _wrong(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "compression", f"{compression!r} is not known to kombu"
 
 
-def _copy(value: Any, driver: str) -> Any:
-    if type(value) in _PLAIN or (type(value) is int and -_TOO_BIG <= value < _TOO_BIG):
+def _copy(value: object, driver: str) -> object:
+    if type(value) is int and -_TOO_BIG <= value < _TOO_BIG:
         return value
-    if isinstance(value, dict) and {type(key) for key in value} <= {str}:
-        return {key: _copy(item, driver) for key, item in value.items()}
+    if isinstance(value, dict) and _TEXTS.issuperset(map(type, value)):
+        return {k: v if type(v) in _PLAIN else _copy(v, driver) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_copy(item, driver) for item in value]
+        return [v if type(v) in _PLAIN else _copy(v, driver) for v in value]
     if driver == "amqp":
         dumps_amqp("F", [{"": value}])  # numbers, times and the like: nobody changes them
         return value
     return json.loads(json.dumps(value))
+
+
+#: The exchange that messages with a delay go to, on RabbitMQ.
+DELAYING_EXCHANGE = f"celery_delayed_{BITS - 1}"
+
+_DELAY = re.compile(rf"(?:[01]\.){{{BITS}}}")
+
+
+def bare_key(routing_key: str) -> str:
+    """Return a routing key without the delay that it may have."""
+    return _DELAY.sub("", routing_key, count=1)
+
+
+def delay_anew(options: dict[str, Any]) -> None:
+    """Let a message that RabbitMQ delays wait for what is left until its ``eta``.
+
+    :param options: of the publish; what has no delay stays as it is.
+    """
+    exchange, key = options.get("exchange"), options.get("routing_key")
+    eta = (options.get("headers") or {}).get("eta")
+    if getattr(exchange, "name", exchange) != DELAYING_EXCHANGE or not (key and eta):
+        return
+    left = aware(maybe_iso8601(eta)) - datetime.now(timezone.utc)
+    # With no delay at all it passes through all levels to its queue.
+    delay = f"{max(int(left.total_seconds()), 0):0{BITS}b}"
+    options["routing_key"] = ".".join((*delay, bare_key(key)))
 
 
 #: Name of the message header with the id of the row that the message has in the outbox.
@@ -269,9 +277,11 @@ ROW_HEADER = "ws_celery_outbox"
 #: Name of the message header that tells which outbox that is.
 OUTBOX_HEADER = "ws_celery_outbox_place"
 
-_held: ContextVar[list[Any] | None] = ContextVar("ws_celery_held", default=None)
+#: Whether the code runs inside :func:`immediately`.
+immediate: ContextVar[bool] = ContextVar("ws_celery_immediate", default=False)
 
-_immediate: ContextVar[bool] = ContextVar("ws_celery_immediate", default=False)
+#: What :func:`holding` keeps around the running code; ``None`` outside of it.
+withheld: ContextVar[list[Publication] | None] = ContextVar("ws_celery_held", default=None)
 
 
 @contextmanager
@@ -282,32 +292,22 @@ def immediately() -> Iterator[None]:
     run before the data it needs is visible. Retries leave this way, because the transaction they
     are raised in is about to abort.
     """
-    token = _immediate.set(True)
+    token = immediate.set(True)
     try:
         yield
     finally:
-        _immediate.reset(token)
-
-
-def is_immediate() -> bool:
-    """Tell whether the code runs inside :func:`immediately`."""
-    return _immediate.get()
+        immediate.reset(token)
 
 
 @contextmanager
-def holding() -> Iterator[list[Any]]:
+def holding() -> Iterator[list[Publication]]:
     """Keep what is sent inside, whatever transaction is open; the caller sends it."""
-    held: list[Any] = []
-    token = _held.set(held)
+    publications: list[Publication] = []
+    token = withheld.set(publications)
     try:
-        yield held
+        yield publications
     finally:
-        _held.reset(token)
-
-
-def held_publications() -> list[Any] | None:
-    """Return what :func:`holding` keeps around the running code; ``None`` outside of it."""
-    return _held.get()
+        withheld.reset(token)
 
 
 class Publication:
@@ -318,14 +318,21 @@ class Publication:
     """
 
     __slots__ = (
-        *("_options", "anonymous", "outbox", "payload", "row_id", "session_transactions", "waits"),
+        *("anonymous", "declare", "options", "outbox", "payload", "row_id"),
+        *("session_transactions", "task_id", "task_name", "waits"),
     )
 
     def __init__(self, payload: str | bytes, options: dict[str, Any]) -> None:
+        headers = options.get("headers") or {}
         self.payload = payload
-        self._options = options
+        self.options = options
+        #: What has to be declared before the publish: queues and exchanges.
+        self.declare: Sequence[Queue | Exchange] = options.get("declare") or ()
+        #: Id and name of the task; ``None`` for an event that travels along.
+        self.task_id: str | None = headers.get("id")
+        self.task_name: str | None = headers.get("task")
         #: The transactions and savepoints of SQLAlchemy in which it was dispatched.
-        self.session_transactions: tuple[Any, ...] = ()
+        self.session_transactions: tuple[SessionTransaction, ...] = ()
         #: Id of the row that it has in the outbox.
         self.row_id: UUID | None = None
         #: Which outbox that is; ``None`` if it is not known.
@@ -335,67 +342,20 @@ class Publication:
         #: Whether it waits in the outbox for its eta, not in a worker's memory.
         self.waits = False
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the publish."""
-        return self._options
-
-    @property
-    def declare(self) -> Sequence[Any]:
-        """What has to be declared before the publish: queues and exchanges."""
-        return self._options.get("declare") or ()
-
-    @property
-    def task_id(self) -> str | None:
-        """Id of the task, or ``None`` for an event that travels along."""
-        return self._header("id")
-
-    @property
-    def task_name(self) -> str | None:
-        """Name of the task, or ``None`` for an event that travels along."""
-        return self._header("task")
-
-    @property
-    def call(self) -> tuple[Any, Any] | None:
-        """The ``args`` and ``kwargs`` of the call; ``None`` if they cannot be read."""
-        kind = self.options.get("content_type"), self.options.get("content_encoding")
-        try:
-            args, kwargs, _ = loads(self.payload, *kind, accept={kind[0]})  # our own
-        except Exception:  # noqa: BLE001 - serialisers raise anything
-            return None
-        return args, kwargs
-
-    @property
-    def told_arguments(self) -> tuple[Any, Any]:
-        """The arguments as Celery shows them in logs: cut short, or what the call gave instead."""
-        return self._header("argsrepr"), self._header("kwargsrepr")
-
-    def _header(self, name: str) -> Any:
-        return (self.options.get("headers") or {}).get(name)
-
-    def publish(self, producer: Producer, **overrides: Any) -> None:
-        """Hand the message to the broker."""
-        options = {**self.options, **overrides}
-        delay_anew(options)
-        if self.row_id is not None and not self.anonymous:
-            row = {ROW_HEADER: str(self.row_id), OUTBOX_HEADER: self.outbox}
-            options["headers"] = {**options["headers"], **row}
-        producer.publish(self.payload, **options)
-
 
 class RecordingProducer:
     """Takes kombu's place while a transaction is open: ``publish()`` keeps instead of sending.
 
     The body is serialised at the call and the headers are copied, so that changing an argument
     afterwards changes nothing and a value that does not serialise fails where the caller can see
-    it. Routing, headers and signals
-    have happened by then: Celery and its instrumentations do them before they publish.
+    it. Routing, headers and signals have happened by then: Celery and its instrumentations do them
+    before they publish.
 
     :param connection: the connection that the message will leave by; it is never opened here.
     :param publications: where to keep what is published.
     :param session_transactions: what is open in the request's SQLAlchemy session.
     :param request: the request on whose behalf it is published.
-    :param admit: is told of messages and the request before they are kept, and may refuse them.
+    :param journal: gives messages their rows in the outbox before they are kept, or refuses them.
     """
 
     #: No serializer of its own: Celery passes the task's with every message.
@@ -407,17 +367,17 @@ class RecordingProducer:
         self,
         connection: Connection,
         publications: MutableSequence[Publication],
-        session_transactions: tuple[Any, ...] = (),
-        request: Any = None,
-        admit: Callable[[Sequence[Publication], Any], None] | None = None,
+        session_transactions: tuple[SessionTransaction, ...] = (),
+        request: Request | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.connection = connection
         self.session_transactions = session_transactions
         self.request = request
         self._publications = publications
-        self._admit = admit
+        self._journal = journal
 
-    def publish(self, body: Any, *, serializer: str | None = None, **options: Any) -> None:
+    def publish(self, body: object, *, serializer: str | None = None, **options: Any) -> None:
         content_type, content_encoding, payload = dumps(body, serializer=serializer)
         options.update(content_type=content_type, content_encoding=content_encoding)
         if self.reply_queue is not None:
@@ -428,8 +388,26 @@ class RecordingProducer:
 
     def record(self, publications: Sequence[Publication]) -> None:
         """Keep what is serialised already."""
-        if self._admit is not None:
-            self._admit(publications, self.request)
+        if self._journal is not None:
+            self._journal.admit(publications, self.request)
         for publication in publications:
             publication.session_transactions = self.session_transactions
             self._publications.append(publication)
+
+
+def not_while_recording(backend: Backend) -> None:
+    """Let a result backend not be told of a call that is recorded, which would be too early.
+
+    Redis would be contacted at the call: a SUBSCRIBE for each task, and 19 s of waiting if it is
+    down. ``AsyncResult.get()`` subscribes by itself.
+    """
+    on_task_call = backend.on_task_call
+
+    def unless_recording(producer: Producer | RecordingProducer, task_id: str) -> Any:
+        if not isinstance(producer, RecordingProducer):
+            # Signature.election() takes what is returned for a mapping.
+            return on_task_call(producer, task_id) or {}
+        producer.reply_queue = getattr(backend, "binding", None)  # rpc:// would declare it now
+        return {}
+
+    backend.on_task_call = unless_recording

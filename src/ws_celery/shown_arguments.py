@@ -5,19 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 from celery.utils.saferepr import saferepr
 
 from ws_celery.masking import MASK, is_secret, masked, masked_text
-from ws_celery.settings import our_setting
 
 __all__ = ("described_arguments", "shown_arguments", "shown_text", "shown_value", "told_arguments")
 
-_SETTING = "ws_celery.mask_arguments"
+#: Parameters have the same names at each call.
+_is_secret = lru_cache(maxsize=1024)(is_secret)
 
 #: How many characters a hidden value has at least that is looked for in other texts.
 _SHORTEST = 4
+
+#: Types of values that say nothing but themselves.
+_NUMBERS = frozenset((int, float, bool, type(None)))
 
 #: A tuple is a list when it has travelled.
 _AS_TRAVELLED = str.maketrans("()", "[]")
@@ -31,7 +35,7 @@ def shown_arguments(app: Any, task: str | None, args: Any, kwargs: Any) -> dict[
 
     :return: ``args`` and ``kwargs``.
     """
-    hidden = _hidden(app)
+    hidden = app.hidden_arguments
     positions = _parameters(app.tasks.get(task))
     if isinstance(args, str) or isinstance(kwargs, str):  # Celery's words of them
         texts = described_arguments(app, task, None, (args, kwargs))
@@ -54,7 +58,7 @@ def shown_value(app: Any, name: str, value: Any) -> Any:
     :param name: the option or field that has the value.
     :param value: what JSON can hold, and whatever Celery's settings and answers of workers hold.
     """
-    return masked(name, _with_shown_calls(app, value, _hidden(app)))
+    return masked(name, _with_shown_calls(app, value, app.hidden_arguments))
 
 
 def shown_text(app: Any, task: str | None, call: tuple[Any, Any] | None, text: str) -> str:
@@ -88,7 +92,7 @@ def _texts_inside(real: Any, told: Any) -> Iterator[str]:
         yield real
 
 
-def _with_shown_calls(app: Any, value: Any, hidden: set[str]) -> Any:
+def _with_shown_calls(app: Any, value: Any, hidden: frozenset[str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_with_shown_calls(app, inner, hidden) for inner in value]
     if not isinstance(value, Mapping):
@@ -102,11 +106,6 @@ def _with_shown_calls(app: Any, value: Any, hidden: set[str]) -> Any:
         told = shown_arguments(app, task, value.get("args"), value.get("kwargs"))
         shown.update({key: told[key] for key in call})
     return shown
-
-
-def _hidden(app: Any) -> set[str]:
-    names = our_setting(app.registry.settings, _SETTING, default=[])
-    return {name.lower() for name in names}
 
 
 def told_arguments(app: Any, task: str, args: Any, kwargs: Any) -> tuple[str | None, str | None]:
@@ -134,7 +133,7 @@ def described_arguments(
     :param told: ``argsrepr`` and ``kwargsrepr`` of the message; what a call gave itself is kept.
     """
     if call is None:
-        hide = _hidden(app) or any(map(is_secret, _parameters(app.tasks.get(task))))
+        hide = app.hidden_arguments or any(map(is_secret, _parameters(app.tasks.get(task))))
         args, kwargs = (MASK if hide else masked_text(str(text)) for text in told)
         return args, kwargs
     try:
@@ -165,16 +164,19 @@ def _travelled(text: str) -> str:
     return text.translate(_AS_TRAVELLED).replace(",]", "]")
 
 
-def _shown(name: str, value: Any, hidden: set[str]) -> Any:
-    if hidden & {"all", name.lower()}:
+def _shown(name: str, value: object, hidden: frozenset[str]) -> object:
+    if hidden and hidden & {"all", name.lower()}:
         return MASK
+    secret = _is_secret(name)
+    if type(value) in _NUMBERS and not secret:
+        return value  # nothing is inside of it
     try:
-        return masked(name if is_secret(name) else "", _without(value, hidden))
+        return masked(name if secret else "", _without(value, hidden))
     except Exception:  # noqa: BLE001 - it cannot be looked into
         return MASK
 
 
-def _without(value: Any, hidden: set[str]) -> Any:
+def _without(value: Any, hidden: frozenset[str]) -> Any:
     if isinstance(value, Mapping):
         return {
             key: MASK if str(key).lower() in hidden else _without(inner, hidden)

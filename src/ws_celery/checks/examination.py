@@ -10,7 +10,8 @@ from configparser import InterpolationError
 
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
-from ws_celery.app import PyramidCelery, get_celery_app, load_registry
+from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.applications import load_registry
 from ws_celery.checks.application import entries_of_code, look_at_application
 from ws_celery.checks.report import ERROR, NOTE, WARNING, Finding, Report
 from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded, WsCeleryError

@@ -42,8 +42,8 @@ from ws_celery.recording import (
     OUTBOX_HEADER,
     ROW_HEADER,
     Publication,
-    held_publications,
     holding,
+    withheld,
 )
 from ws_celery.request import task_request
 from ws_celery.worker import Request
@@ -385,7 +385,7 @@ class Outbox(Database):
         """
         named = row_id_in({ROW_HEADER: headers.pop(ROW_HEADER, None)})
         run = self.app.current_worker_task
-        if not named or held_publications() is not None or not run or run.request.id != task_id:
+        if not named or withheld.get() is not None or not run or run.request.id != task_id:
             yield
             return
         with holding() as held:
