@@ -203,9 +203,8 @@ class PyramidCelery(Celery):
         if self.eager is not None:
             self.eager.run(publications)
             return
-        if self.outbox is not None:
-            publications = self.outbox.ready(publications)
-        if publications:
+        # What has a far eta waits in the outbox.
+        if publications := [each for each in publications if not each.waits]:
             self.publisher.publish(publications)
 
     def send_task(

@@ -248,7 +248,7 @@ class Publisher:
                 self._down_until = monotonic() + self.cooldown
             self.spool.conclude_failure(publications, attempt, attempt.error, late=late)
         if sent := publications[: attempt.sent]:
-            if self._app.outbox is not None:
+            if any(publication.anonymous for publication in sent):
                 self._app.outbox.published(sent)
             tell(TasksPublished(self._app, sent, late=late))
 

@@ -287,10 +287,6 @@ class Outbox(Database):
 
     # After the commit
 
-    def ready(self, publications: Iterable[Publication]) -> list[Publication]:
-        """Return what is to be published right after the commit."""
-        return [publication for publication in publications if not publication.waits]
-
     def published(self, publications: Iterable[Publication]) -> None:
         """Let go of the rows of tasks that no class of this application runs: they were sent."""
         # Not asked anew: the relay may know other tasks than the process that has dispatched.
