@@ -53,7 +53,7 @@ from ws_celery.request import (
 )
 from ws_celery.results import end_waits
 from ws_celery.settings import Configuration, our_setting
-from ws_celery.shown_arguments import shown_value, told_arguments
+from ws_celery.shown_arguments import message_reprs, shown_value
 from ws_celery.transactions import Transactions
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class PyramidCelery(Celery):
     session_attribute: str
     #: Names of arguments that nobody is to see, in lower case; or ``all``.
     hidden_arguments: frozenset[str] = frozenset()
-    #: Runs what would be sent, with ``task_always_eager``. Celery is not told; see eager.py.
+    #: Runs what would be sent, with ``task_always_eager``. Celery does not know; see eager.py.
     eager: EagerWorker | None = None
 
     def __init__(self, registry: Registry, **options: Any) -> None:
@@ -244,7 +244,7 @@ class PyramidCelery(Celery):
         refuse_misread(name, args, kwargs, serializer, options)
         self.locks.check_key(self.tasks.get(name), args, kwargs)
         # Without their secrets: Celery shows these words in logs and events.
-        argsrepr, kwargsrepr = told_arguments(self, name, args, kwargs)
+        argsrepr, kwargsrepr = message_reprs(self, name, args, kwargs)
         for key, text in (("argsrepr", argsrepr), ("kwargsrepr", kwargsrepr)):
             if text is not None and options.get(key) is None:
                 options[key] = text
@@ -298,7 +298,7 @@ class PyramidCelery(Celery):
 
 
 class _Reported:
-    """What Celery's report asks an app for; its settings tell no secrets."""
+    """What Celery's report asks an app for; its settings have no secrets."""
 
     def __init__(self, app: PyramidCelery) -> None:
         self._app, self.conf, self.loader = app, self, app.loader
@@ -357,7 +357,7 @@ def _naming_failed_run(call: Callable[..., None]) -> Callable[..., None]:
             with failing(request):
                 call(request, exc, traceback)
         except Exception:
-            # It would take the place of the task's error, and nobody would be told of that.
+            # It would take the place of the task's error, and nobody would learn of that.
             log.exception(
                 "The callbacks for the error of %s[%s] have failed", request.task, request.id
             )

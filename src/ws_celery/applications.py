@@ -180,7 +180,7 @@ def answer_celery() -> None:
     """Let Celery ask Pyramid which app is current, for ``shared_task``, ``signature("name")``.
 
     From now on, in this process, Celery's current app is that of the current request, be it of the
-    web, a bootstrap, a shell or a run; without one it is what Celery was told by ``set_current()``,
+    web, a bootstrap, a shell or a run; without one it is what ``set_current()`` has set,
     else the only application that is loaded, else Celery's default. Nothing is loaded.
     """
     # Celery has no public way to ask for the current app anew in each thread at each look.

@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from celery import signals
 from celery.app.routes import MapRoute
-from celery.result import GroupResult
+from celery.result import AsyncResult, GroupResult
 from celery.utils.saferepr import saferepr
+from kombu import Producer
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 from kombu.utils.uuid import uuid
+from pyramid.request import Request
 
 from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.locks import rule_of
@@ -32,7 +34,11 @@ from ws_celery.recording import (
     refuse_misread,
 )
 from ws_celery.request import calling, split_request
-from ws_celery.shown_arguments import told_arguments
+from ws_celery.shown_arguments import message_reprs
+
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+    from ws_celery.tasks import RequestAwareTask
 
 __all__ = (
     "SLICE",
@@ -49,7 +55,9 @@ __all__ = (
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def dispatch_call(task: Any, number: int, call: Call, options: dict[str, Any]) -> Any:
+def dispatch_call(
+    task: RequestAwareTask, number: int, call: Call, options: dict[str, Any]
+) -> AsyncResult:
     """Let one call go Celery's whole way.
 
     :param number: of the call among all, counted from 0.
@@ -62,7 +70,9 @@ def dispatch_call(task: Any, number: int, call: Call, options: dict[str, Any]) -
         raise
 
 
-def _blame(task: Any, number: int, call: Call, error: EncodeError, serializer: str | None) -> None:
+def _blame(
+    task: RequestAwareTask, number: int, call: Call, error: EncodeError, serializer: str | None
+) -> None:
     serializer = serializer or task.serializer
     blame_argument(error, f"{task.name}, call {number}", *call, serializer)
 
@@ -75,8 +85,8 @@ class Example(RecordingProducer):
     :param options: options of all calls.
     """
 
-    def __init__(self, task: Any, call: Call, options: dict[str, Any]) -> None:
-        kept: list[Any] = []
+    def __init__(self, task: RequestAwareTask, call: Call, options: dict[str, Any]) -> None:
+        kept: list[Publication] = []
         super().__init__(task.app.producer_pool.connections.connection, kept)
         self._task = task
         #: The result of the first call.
@@ -110,7 +120,7 @@ class Example(RecordingProducer):
                 _blame(self._task, number, call, error, self._serializer)
                 raise
             args, kwargs = call
-            argsrepr, kwargsrepr = told_arguments(app, self._task.name, args, kwargs)
+            argsrepr, kwargsrepr = message_reprs(app, self._task.name, args, kwargs)
             argsrepr = argsrepr or saferepr(args, app.amqp.argsrepr_maxsize, **levels)
             if kwargsrepr is None:
                 limit = app.amqp.kwargsrepr_maxsize
@@ -164,7 +174,13 @@ class BulkResult(GroupResult):
     :param make: makes the result of an id.
     """
 
-    def __init__(self, id: str, ids: list[str], app: Any, make: Callable[[str], Any]) -> None:  # noqa: A002 - the name is Celery's
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the name is Celery's
+        ids: list[str],
+        app: PyramidCelery,
+        make: Callable[[str], AsyncResult],
+    ) -> None:
         self.id = id
         self.parent = None
         self.ids = ids
@@ -172,7 +188,7 @@ class BulkResult(GroupResult):
         self._make = make
 
     @cached_property
-    def results(self) -> list[Any]:
+    def results(self) -> list[AsyncResult]:
         """The results of the tasks."""
         return [self._make(task_id) for task_id in self.ids]
 
@@ -200,7 +216,7 @@ SLICE = 1000
 
 
 def apply_async_many(
-    task: Any, calls: Iterable[tuple[Any, Any]], options: dict[str, Any]
+    task: RequestAwareTask, calls: Iterable[tuple[Any, Any]], options: dict[str, Any]
 ) -> GroupResult:
     """Dispatch a task once for each of ``calls``; see :meth:`RequestAwareTask.apply_async_many`."""
     if "task_id" in options:
@@ -218,7 +234,9 @@ def apply_async_many(
     return result
 
 
-def _prepared(task: Any, calls: Iterator[tuple[Any, Any]]) -> tuple[Any, Iterator[Call]]:
+def _prepared(
+    task: RequestAwareTask, calls: Iterator[tuple[Any, Any]]
+) -> tuple[Request | None, Iterator[Call]]:
     """Return the request of the first call, and the arguments of all without it, as checked."""
     first = list(islice(calls, 1))
     request = split_request(*split_call(task.name, 0, first[0]))[0] if first else None
@@ -238,7 +256,7 @@ def _prepared(task: Any, calls: Iterator[tuple[Any, Any]]) -> tuple[Any, Iterato
     return request, (prepare(number, call) for number, call in enumerate(chain(first, calls)))
 
 
-def split_call(name: str, number: int, call: Any) -> tuple[Any, Any]:
+def split_call(name: str, number: int, call: Iterable[Any]) -> tuple[Any, Any]:
     """Return positional and keyword arguments of one of the calls.
 
     :raises TypeError: if it is no such pair.
@@ -255,10 +273,10 @@ def split_call(name: str, number: int, call: Any) -> tuple[Any, Any]:
     )
 
 
-def _differ(task: Any, options: Mapping[str, Any]) -> bool:
+def _differ(task: RequestAwareTask, options: Mapping[str, Any]) -> bool:
     """Tell whether a call may make a difference to its message that is not known here.
 
-    Whoever listens to a publish is told of each, a router may look at the arguments, and a method
+    Whoever listens to a publish sees each, a router may look at the arguments, and a method
     that was replaced at what it likes.
     """
     app, kind = task.app, type(task)
@@ -279,7 +297,7 @@ def _differ(task: Any, options: Mapping[str, Any]) -> bool:
 _SIGNALS = (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
 
 
-def _each(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
+def _each(task: RequestAwareTask, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
     """Let each call go Celery's whole way."""
     results = [
         dispatch_call(task, number, call, {**options, "group_index": number})
@@ -290,7 +308,7 @@ def _each(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupRes
     return BulkResult(options["group_id"], ids, task.app, by_id.__getitem__)
 
 
-def _alike(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
+def _alike(task: RequestAwareTask, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
     """Let the first call go Celery's whole way, and write the others by its example."""
     app, ids = task.app, []
     producer = options.pop("producer", None)
@@ -314,7 +332,7 @@ def _alike(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupRe
     _send(app, producer, waiting)
     ignored = example.result.ignored
 
-    def result(task_id: str) -> Any:
+    def result(task_id: str) -> AsyncResult:
         made = task.AsyncResult(task_id)
         made.ignored = ignored
         return made
@@ -322,7 +340,7 @@ def _alike(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupRe
     return BulkResult(options["group_id"], ids, app, result)
 
 
-def _send(app: Any, producer: Any, publications: list[Publication]) -> None:
+def _send(app: PyramidCelery, producer: Producer | None, publications: list[Publication]) -> None:
     """Send what belongs to no transaction, and empty the list."""
     if not publications:
         return
@@ -335,7 +353,7 @@ def _send(app: Any, producer: Any, publications: list[Publication]) -> None:
     publications.clear()
 
 
-def _publish(producer: Any, publications: list[Publication]) -> None:
+def _publish(producer: Producer, publications: list[Publication]) -> None:
     first, *others = publications
     with producer.connection._reraise_as_library_errors(), batch(producer, publications):
         publish(producer, first)

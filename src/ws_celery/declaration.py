@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import update_wrapper
 from itertools import chain, islice
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import venusian
 from celery import Task
 from celery.local import Proxy
-from celery.result import GroupResult
+from celery.result import AsyncResult, GroupResult
+from celery.schedules import BaseSchedule
+from pyramid.config import Configurator
 from pyramid.config.actions import action_method
+from pyramid.registry import Introspectable
+from venusian import Scanner
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import (
@@ -44,6 +49,12 @@ __all__ = (
 )
 
 log = logger_of(__name__)
+
+#: What people may write as a schedule.
+Schedule: TypeAlias = BaseSchedule | timedelta | float | str | Mapping[str, Any]
+
+#: A handler of a signal of Celery's.
+Handler: TypeAlias = Callable[..., Any]
 
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
@@ -123,11 +134,16 @@ class TaskProxy:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._of(args, kwargs)(*args, **kwargs)
 
-    def delay(self, *args: Any, **kwargs: Any) -> Any:
+    def delay(self, *args: Any, **kwargs: Any) -> AsyncResult:
         """Dispatch with these arguments; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).delay(*args, **kwargs)
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def apply_async(
+        self,
+        args: Iterable[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncResult:
         """Dispatch with options; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).apply_async(args, kwargs, **options)
 
@@ -142,15 +158,20 @@ class TaskProxy:
         task = self._of(*split_call(self.name, 0, first[0])) if first else self._of((), {})
         return task.apply_async_many(chain(first, remaining), **options)
 
-    def delay_on_commit(self, *args: Any, **kwargs: Any) -> Any:
+    def delay_on_commit(self, *args: Any, **kwargs: Any) -> AsyncResult:
         """Do what :meth:`delay` does; see :meth:`RequestAwareTask.delay_on_commit`."""
         return self.delay(*args, **kwargs)
 
-    def apply_async_on_commit(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def apply_async_on_commit(
+        self,
+        args: Iterable[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncResult:
         """Do what :meth:`apply_async` does."""
         return self.apply_async(args, kwargs, **options)
 
-    def _of(self, args: Any, kwargs: Any) -> Task:
+    def _of(self, args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None) -> Task:
         request, _, _ = split_request(args, kwargs)
         if request is None:
             request = calling_request()
@@ -207,7 +228,7 @@ def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
     return proxy
 
 
-def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
+def _register_found(scanner: Scanner, _name: str, proxy: TaskProxy) -> None:
     # Not the directive: config.scan() may come before the include.
     add = getattr(scanner, "add_celery_task", None)
     if add is not None:
@@ -221,7 +242,7 @@ def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
 
 
 def add_celery_task(
-    config: Any, target: TaskProxy | Callable[..., Any] | type, **options: Any
+    config: Configurator, target: TaskProxy | Callable[..., Any] | type, **options: Any
 ) -> None:
     """Register a task: the directive behind ``config.scan()``.
 
@@ -232,7 +253,7 @@ def add_celery_task(
     _add(config, declared, "config.add_celery_task")
 
 
-def _add(config: Any, declared: TaskProxy, origin: str) -> None:
+def _add(config: Configurator, declared: TaskProxy, origin: str) -> None:
     introspectable = _introspectable(config, declared, origin)
 
     def register() -> None:
@@ -245,7 +266,11 @@ def _add(config: Any, declared: TaskProxy, origin: str) -> None:
 
 
 def add_periodic_task(
-    config: Any, task: Any, schedule: Any, name: str | None = None, **fields: Any
+    config: Configurator,
+    task: Task | TaskProxy | str,
+    schedule: Schedule,
+    name: str | None = None,
+    **fields: Any,
 ) -> None:
     """Let a task run at its times: a directive.
 
@@ -265,8 +290,8 @@ def add_periodic_task(
         "celery periodic tasks", name, name, "celery periodic task"
     )
     introspectable.update(name=name, task=task_name, fields=without_arguments(masked("", fields)))
-    mapping = isinstance(schedule, Mapping)
-    introspectable["schedule"] = without_arguments(schedule) if mapping else schedule
+    shown = without_arguments(schedule) if isinstance(schedule, Mapping) else schedule
+    introspectable["schedule"] = shown
 
     def register() -> None:
         declare(get_celery_app(config.registry), name, task_name, schedule, **fields)
@@ -274,7 +299,7 @@ def add_periodic_task(
     config.action(("celery periodic task", name), register, introspectables=(introspectable,))
 
 
-def add_imported_task(config: Any, declared: TaskProxy, plugin: str | None = None) -> None:
+def add_imported_task(config: Configurator, declared: TaskProxy, plugin: str | None = None) -> None:
     """Register a task that ``imports`` or a plugin names, unless ``config.scan()`` has found it.
 
     It is no action: one that is added while others are executed makes Pyramid stumble over actions
@@ -301,8 +326,8 @@ def add_imported_task(config: Any, declared: TaskProxy, plugin: str | None = Non
 
 
 def _introspectable(
-    config: Any, declared: TaskProxy, origin: str, plugin: str | None = None
-) -> Any:
+    config: Configurator, declared: TaskProxy, origin: str, plugin: str | None = None
+) -> Introspectable:
     introspectable = config.introspectable(
         "celery tasks", declared.name, repr(declared), "celery task"
     )
@@ -318,7 +343,7 @@ def _introspectable(
     return introspectable
 
 
-def _relate(config: Any, introspectable: Any) -> None:
+def _relate(config: Configurator, introspectable: Introspectable) -> None:
     """Relate a task to its derivers, routes and schedule entries, which are registered already."""
     name = introspectable["name"]
     for deriver, _ in task_derivers(config.registry):
@@ -331,7 +356,7 @@ def _relate(config: Any, introspectable: Any) -> None:
             introspectable.relate(each.category_name, each.discriminator)
 
 
-def _configured(config: Any, category: str) -> list[Any]:
+def _configured(config: Configurator, category: str) -> list[Introspectable]:
     found = config.introspector.get_category(category, default=())
     return [each["introspectable"] for each in found]
 
@@ -356,11 +381,11 @@ class _SignalProxy:
             return self._declare(args[0], args[1:], options)
         return lambda handler: self._declare(handler, args, options)
 
-    def _declare(self, handler: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _declare(self, handler: Handler, args: tuple[Any, ...], options: dict[str, Any]) -> Handler:
         def connect(app: PyramidCelery) -> None:
             getattr(app, self._name).connect(handler, *args, **options)
 
-        def found(scanner: Any, _name: str, _what: Any) -> None:
+        def found(scanner: Scanner, _name: str, _what: object) -> None:
             _connect_found(scanner, connect)
 
         for category in ("pyramid", CATEGORY):
@@ -374,7 +399,7 @@ class _SignalProxy:
         return handler
 
 
-def _connect_found(scanner: Any, connect: Callable[[PyramidCelery], None]) -> None:
+def _connect_found(scanner: Scanner, connect: Callable[[PyramidCelery], None]) -> None:
     config = scanner.config
     if hasattr(scanner, "add_celery_task"):  # while actions are executed, see _scan_imports()
         connect(get_celery_app(config.registry))

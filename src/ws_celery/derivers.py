@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from celery import Task
-from pyramid.config import PHASE1_CONFIG
+from pyramid.config import PHASE1_CONFIG, Configurator
+from pyramid.config.settings import Settings
 from pyramid.registry import Registry
 from pyramid.util import Sentinel, TopologicalSorter, as_sorted_tuple
 from pyramid.viewderivers import INGRESS
@@ -21,6 +22,9 @@ from ws_celery.interfaces import ITaskDeriverInfo, ITaskDerivers
 from ws_celery.settings.keys import ANNOTATION_KEYS
 from ws_celery.tasks import RequestAwareTask
 
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
 __all__ = (
     "INGRESS",
     "TASK",
@@ -30,6 +34,12 @@ __all__ = (
     "derive",
     "task_derivers",
 )
+
+#: Wraps the function of a task; see :class:`ws_celery.interfaces.ITaskDeriver`.
+Deriver: TypeAlias = Callable[[Callable[..., Any], "TaskDeriverInfo"], Callable[..., Any]]
+
+#: Where a deriver is among the others: next to one of these.
+Place: TypeAlias = str | Sentinel | Iterable[str | Sentinel]
 
 #: The inner end of the derivers: the function itself. The outer end is Pyramid's ``INGRESS``.
 TASK = Sentinel("TASK")
@@ -57,7 +67,7 @@ _READ_BY_CELERY = frozenset(
 @implementer(ITaskDeriverInfo)
 @dataclass(frozen=True)
 class TaskDeriverInfo:
-    """What a deriver is told of a task.
+    """What a deriver knows of a task.
 
     :param task: Celery's task, which ``bind=True`` hands to the function.
     :param original_task: the function or class that ``@task`` was put on.
@@ -65,7 +75,7 @@ class TaskDeriverInfo:
         attribute of the task's class.
     """
 
-    task: Any
+    task: RequestAwareTask
     original_task: Callable[..., Any]
     options: Mapping[str, Any]
 
@@ -80,13 +90,17 @@ class TaskDeriverInfo:
         return self.task.app.registry
 
     @property
-    def settings(self) -> Any:
+    def settings(self) -> Settings:
         """The settings of the application."""
         return self.registry.settings
 
 
 def add_task_deriver(
-    config: Any, deriver: Any, name: str | None = None, under: Any = None, over: Any = None
+    config: Configurator,
+    deriver: Deriver | str,
+    name: str | None = None,
+    under: Place | None = None,
+    over: Place | None = None,
 ) -> None:
     """Wrap the functions of tasks in ``deriver(run, info)``: a directive.
 
@@ -126,7 +140,7 @@ def add_task_deriver(
     )
 
 
-def task_derivers(registry: Registry) -> list[tuple[str, Any]]:
+def task_derivers(registry: Registry) -> list[tuple[str, Deriver]]:
     """Return names and derivers of an application, the outermost first.
 
     :raises ConfigurationError: if one is to be under or over what there is not.
@@ -136,11 +150,10 @@ def task_derivers(registry: Registry) -> list[tuple[str, Any]]:
         return []
     if faults := list(_misplaced(derivers)):
         raise ConfigurationError(*faults)
-    ordered: list[tuple[str, Any]] = derivers.sorted()
-    return ordered
+    return derivers.sorted()
 
 
-def _misplaced(derivers: Any) -> Iterator[Fault]:
+def _misplaced(derivers: TopologicalSorter) -> Iterator[Fault]:
     there = {INGRESS, TASK, *derivers.names}
     for side, wanted_by in (("under", derivers.name2after), ("over", derivers.name2before)):
         for name, wanted in wanted_by.items():
@@ -151,7 +164,11 @@ def _misplaced(derivers: Any) -> Iterator[Fault]:
 
 
 def check_options(
-    name: str, original: Any, base: type, options: Mapping[str, Any], app: Any
+    name: str,
+    original: Callable[..., Any],
+    base: type,
+    options: Mapping[str, Any],
+    app: PyramidCelery,
 ) -> None:
     """Refuse options of a task that nobody would read, and what would be misread.
 
@@ -191,7 +208,7 @@ def _unknown(name: str, option: str, known: Iterable[str]) -> Fault:
     return Fault(problem, nearest=nearest(option, known))
 
 
-def _declared(derivers: Iterable[tuple[str, Any]]) -> Iterator[str]:
+def _declared(derivers: Iterable[tuple[str, Deriver]]) -> Iterator[str]:
     for _, deriver in derivers:
         yield from getattr(deriver, "options", ())
 

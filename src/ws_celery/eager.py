@@ -1,9 +1,9 @@
 """Eager mode (``task_always_eager``): what would be sent runs in the calling process.
 
 Celery's own eager mode calls functions: nothing is serialised, canvases run in the middle of the
-caller's transaction, and ``send_task`` sends all the same. So Celery is not told. It builds its
-messages as ever, and they run when they would have left, as a worker runs them. The test kit runs
-what it has captured by the same means.
+caller's transaction, and ``send_task`` sends all the same. So Celery does not know of it. It builds
+its messages as ever, and they run when they would have left, as a worker runs them. The test kit
+runs what it has captured by the same means.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def delay_anew(options: dict[str, Any]) -> None:
 #: Name of the message header with the id of the row that the message has in the outbox.
 ROW_HEADER = "ws_celery_outbox"
 
-#: Name of the message header that tells which outbox that is.
+#: Name of the message header that says which outbox that is.
 OUTBOX_HEADER = "ws_celery_outbox_place"
 
 #: Whether the code runs inside :func:`immediately`.
@@ -337,7 +337,7 @@ class Publication:
         self.row_id: UUID | None = None
         #: Which outbox that is; ``None`` if it is not known.
         self.outbox: str | None = None
-        #: Whether the message does not tell its row: another program has an outbox of its own.
+        #: Whether the message does not name its row: another program has an outbox of its own.
         self.anonymous = False
         #: Whether it waits in the outbox for its eta, not in a worker's memory.
         self.waits = False
@@ -396,7 +396,7 @@ class RecordingProducer:
 
 
 def not_while_recording(backend: Backend) -> None:
-    """Let a result backend not be told of a call that is recorded, which would be too early.
+    """Keep a result backend from preparing for the result of a call that is recorded: too early.
 
     Redis would be contacted at the call: a SUBSCRIBE for each task, and 19 s of waiting if it is
     down. ``AsyncResult.get()`` subscribes by itself.

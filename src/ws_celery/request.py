@@ -296,7 +296,7 @@ def failed_run() -> Context | None:
 
 
 def description_of(context: Context) -> dict[str, JSON] | None:
-    """Return what the message of a run tells of the request that dispatched it, if it does.
+    """Return what the message of a run says of the request that dispatched it, if it does.
 
     :param context: Celery's ``task.request``.
     """
@@ -317,8 +317,8 @@ def task_request(
 
     :param registry: the application's registry.
     :param propagation: what gives it the things that travel.
-    :param description: what :meth:`Propagation.describe` told of the dispatching request; may be
-        empty.
+    :param description: what :meth:`Propagation.describe` returned for the request that dispatched;
+        may be empty.
     """
     factory = registry.queryUtility(IRequestFactory, default=Request)
     request = factory.blank("/", base_url=propagation.url(description))

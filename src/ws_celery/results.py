@@ -51,14 +51,17 @@ class _Waits:
         """Return ``wait``, which waits for a result, so that it raises ``NotRunYet``."""
 
         def wait_for_result(
-            result: ResultBase, *args: Any, on_interval: Any = None, **how: Any
+            result: ResultBase,
+            *args: Any,
+            on_interval: Callable[[], None] | None = None,
+            **how: Any,
         ) -> Any:
             self._refuse_recorded(set(_ids(result)))
             # A chord with a skipped part has an end: its body fails.
             awaited = set(_ids(result, parts_of_chords=False))
 
             def look() -> None:
-                if self._consumer is None:  # it is not told of states
+                if self._consumer is None:  # it is not notified of states
                     self._look_for_skipped(awaited)
                 self._refuse_skipped(awaited)
                 if on_interval:
@@ -73,7 +76,7 @@ class _Waits:
         return wait_for_result
 
     def on_state_change(self, meta: Mapping[str, Any], message: Message) -> None:
-        """Take note of a run that was skipped, where the backend is told of states."""
+        """Remember a run that was skipped, where the backend is notified of states."""
         if meta["status"] == SKIPPED and meta["task_id"] in self._awaited:
             self._skipped[meta["task_id"]] = meta["result"]
         self._on_state_change(meta, message)

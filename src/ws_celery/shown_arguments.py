@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from celery import Task
 from celery.utils.saferepr import saferepr
 
 from ws_celery.masking import MASK, is_secret, masked, masked_text
 
-__all__ = ("described_arguments", "shown_arguments", "shown_text", "shown_value", "told_arguments")
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
+__all__ = ("described_arguments", "message_reprs", "shown_arguments", "shown_text", "shown_value")
+
+#: The positional or keyword arguments of a call, as it or its message has them; text if Celery
+#: has made it of them.
+Arguments: TypeAlias = Sequence[Any] | Mapping[str, Any] | str | None
+
+#: What people see of a value: it has the same form, or is a mask.
+Shown: TypeAlias = Any
 
 #: Parameters have the same names at each call.
 _is_secret = lru_cache(maxsize=1024)(is_secret)
@@ -27,7 +38,9 @@ _NUMBERS = frozenset((int, float, bool, type(None)))
 _AS_TRAVELLED = str.maketrans("()", "[]")
 
 
-def shown_arguments(app: Any, task: str | None, args: Any, kwargs: Any) -> dict[str, Any]:
+def shown_arguments(
+    app: PyramidCelery, task: str | None, args: Arguments, kwargs: Arguments
+) -> dict[str, Any]:
     """Return the arguments of a call for people.
 
     What looks secret is masked, and what ``ws_celery.mask_arguments`` names; positional arguments
@@ -38,7 +51,7 @@ def shown_arguments(app: Any, task: str | None, args: Any, kwargs: Any) -> dict[
     hidden = app.hidden_arguments
     positions = _parameters(app.tasks.get(task))
     if isinstance(args, str) or isinstance(kwargs, str):  # Celery's words of them
-        texts = described_arguments(app, task, None, (args, kwargs))
+        texts = described_arguments(app, task, None, (str(args), str(kwargs)))
         return {"args": [texts[0]], "kwargs": {"...": texts[1]}}
     return {
         "args": [
@@ -52,7 +65,7 @@ def shown_arguments(app: Any, task: str | None, args: Any, kwargs: Any) -> dict[
     }
 
 
-def shown_value(app: Any, name: str, value: Any) -> Any:
+def shown_value(app: PyramidCelery, name: str, value: object) -> Any:
     """Return a value for people: its secrets masked, and the arguments of each call inside of it.
 
     :param name: the option or field that has the value.
@@ -61,38 +74,40 @@ def shown_value(app: Any, name: str, value: Any) -> Any:
     return masked(name, _with_shown_calls(app, value, app.hidden_arguments))
 
 
-def shown_text(app: Any, task: str | None, call: tuple[Any, Any] | None, text: str) -> str:
+def shown_text(
+    app: PyramidCelery, task: str | None, call: tuple[Any, Any] | None, text: str
+) -> str:
     """Return a text about a call, such as its traceback, for people.
 
     The values that are hidden among its arguments are hidden in the text, too.
     """
     if call is not None:
         shown = shown_arguments(app, task, *call)
-        for real, told in ((call[0], shown["args"]), (call[1], shown["kwargs"])):
-            for value in sorted(_hidden_texts(real, told), key=len, reverse=True):
+        for real, part in ((call[0], shown["args"]), (call[1], shown["kwargs"])):
+            for value in sorted(_hidden_texts(real, part), key=len, reverse=True):
                 text = text.replace(value, MASK)
     return masked_text(text)
 
 
-def _hidden_texts(real: Any, told: Any) -> Iterator[str]:
-    """Yield the texts inside of ``real`` for which ``told`` has a mask."""
+def _hidden_texts(real: object, shown: Shown) -> Iterator[str]:
+    """Yield the texts inside of ``real`` for which ``shown`` has a mask."""
     # A log is written though a value cannot be looked into.
     with suppress(Exception):
-        yield from _texts_inside(real, told)
+        yield from _texts_inside(real, shown)
 
 
-def _texts_inside(real: Any, told: Any) -> Iterator[str]:
+def _texts_inside(real: object, shown: Shown) -> Iterator[str]:
     if isinstance(real, Mapping):
         for key, value in real.items():
-            yield from _hidden_texts(value, told[key] if isinstance(told, Mapping) else told)
+            yield from _hidden_texts(value, shown[key] if isinstance(shown, Mapping) else shown)
     elif isinstance(real, (list, tuple)):
         for number, value in enumerate(real):
-            yield from _hidden_texts(value, told if isinstance(told, str) else told[number])
-    elif told == MASK and isinstance(real, str) and len(real) >= _SHORTEST:
+            yield from _hidden_texts(value, shown if isinstance(shown, str) else shown[number])
+    elif shown == MASK and isinstance(real, str) and len(real) >= _SHORTEST:
         yield real
 
 
-def _with_shown_calls(app: Any, value: Any, hidden: frozenset[str]) -> Any:
+def _with_shown_calls(app: PyramidCelery, value: object, hidden: frozenset[str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_with_shown_calls(app, inner, hidden) for inner in value]
     if not isinstance(value, Mapping):
@@ -103,15 +118,17 @@ def _with_shown_calls(app: Any, value: Any, hidden: frozenset[str]) -> Any:
     }
     if call := {"args", "kwargs"} & value.keys():
         task = value.get("task") or value.get("name")
-        told = shown_arguments(app, task, value.get("args"), value.get("kwargs"))
-        shown.update({key: told[key] for key in call})
+        arguments = shown_arguments(app, task, value.get("args"), value.get("kwargs"))
+        shown.update({key: arguments[key] for key in call})
     return shown
 
 
-def told_arguments(app: Any, task: str, args: Any, kwargs: Any) -> tuple[str | None, str | None]:
-    """Return the words that a message has for its arguments, which Celery shows in logs and events.
+def message_reprs(
+    app: PyramidCelery, task: str, args: Arguments, kwargs: Arguments
+) -> tuple[str | None, str | None]:
+    """Return the texts that a message has for its arguments; Celery shows them in logs and events.
 
-    :return: ``argsrepr`` and ``kwargsrepr``; ``None`` where Celery's own words tell no secret.
+    :return: ``argsrepr`` and ``kwargsrepr``; ``None`` where Celery's own have no secret.
     """
     try:
         shown = shown_arguments(app, task, args, kwargs)
@@ -120,41 +137,44 @@ def told_arguments(app: Any, task: str, args: Any, kwargs: Any) -> tuple[str | N
             None if positional == tuple(args or ()) else _repr(app, positional),
             None if named == (kwargs or {}) else _repr(app, named),
         )
-    except Exception:  # noqa: BLE001 - values compare as they like; what cannot be sent is told later
+    except Exception:  # noqa: BLE001 - values compare as they like; what cannot be sent fails later
         return MASK, MASK
 
 
 def described_arguments(
-    app: Any, task: str | None, call: tuple[Any, Any] | None, told: tuple[str | None, str | None]
+    app: PyramidCelery,
+    task: str | None,
+    call: tuple[Any, Any] | None,
+    reprs: tuple[str | None, str | None],
 ) -> tuple[str, str]:
     """Return the arguments of a call as a log has them: cut short, and masked as for people.
 
     :param call: ``args`` and ``kwargs``; ``None`` if they are not known.
-    :param told: ``argsrepr`` and ``kwargsrepr`` of the message; what a call gave itself is kept.
+    :param reprs: ``argsrepr`` and ``kwargsrepr`` of the message; what a call gave itself is kept.
     """
     if call is None:
         hide = app.hidden_arguments or any(map(is_secret, _parameters(app.tasks.get(task))))
-        args, kwargs = (MASK if hide else masked_text(str(text)) for text in told)
+        args, kwargs = (MASK if hide else masked_text(str(text)) for text in reprs)
         return args, kwargs
     try:
         shown = shown_arguments(app, task, *call)
-        args = _described(app, tuple(call[0] or ()), tuple(shown["args"]), told[0])
-        kwargs = _described(app, dict(call[1] or {}), shown["kwargs"], told[1])
+        args = _described(app, tuple(call[0] or ()), tuple(shown["args"]), reprs[0])
+        kwargs = _described(app, dict(call[1] or {}), shown["kwargs"], reprs[1])
     except Exception:  # noqa: BLE001 - a log is written though a value cannot be looked into
         return MASK, MASK
     return args, kwargs
 
 
-def _described(app: Any, real: Any, shown: Any, told: str | None) -> str:
+def _described(app: PyramidCelery, real: object, shown: object, given: str | None) -> str:
     ours = _repr(app, shown)
-    known = {_travelled(ours), _travelled(_repr(app, real))} if told else ()
-    if told and _travelled(told) not in known:
+    known = {_travelled(ours), _travelled(_repr(app, real))} if given else ()
+    if given and _travelled(given) not in known:
         # The caller's own words, most likely: other words of Celery's would have all in them.
-        return masked_text(told) if shown == real else MASK
+        return masked_text(given) if shown == real else MASK
     return masked_text(ours)
 
 
-def _repr(app: Any, value: Any) -> str:
+def _repr(app: PyramidCelery, value: object) -> str:
     maxlevels = app.conf.get("task_repr_maxlevels", 3)  # Celery 5.5 has no such option
     text: str = saferepr(value, maxlen=app.amqp.argsrepr_maxsize, maxlevels=maxlevels)
     return text
@@ -176,7 +196,7 @@ def _shown(name: str, value: object, hidden: frozenset[str]) -> object:
         return MASK
 
 
-def _without(value: Any, hidden: frozenset[str]) -> Any:
+def _without(value: object, hidden: frozenset[str]) -> Any:
     if isinstance(value, Mapping):
         return {
             key: MASK if str(key).lower() in hidden else _without(inner, hidden)
@@ -188,10 +208,10 @@ def _without(value: Any, hidden: frozenset[str]) -> Any:
     return value
 
 
-def _parameters(task: Any) -> Sequence[str]:
+def _parameters(task: Task | None) -> Sequence[str]:
     """Return the names of a task's positional parameters, without the request."""
     header = getattr(task, "__header__", None)
-    if header is None:
+    if task is None or header is None:
         return ()
     names: Sequence[str] | None = vars(task).get("_names_of_arguments")
     if names is None:  # it is asked for at each call
@@ -199,7 +219,7 @@ def _parameters(task: Any) -> Sequence[str]:
     return names
 
 
-def _names(header: Any) -> Sequence[str]:
+def _names(header: Callable[..., Any]) -> Sequence[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(header).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind in kinds]

@@ -77,7 +77,7 @@ class Transactions:
         request = event.request
         environ = request.environ
         manager = environ.get("tm.manager")
-        # The thread's manager outlives the request: tell what was begun for it from what is left.
+        # The thread's manager outlives requests: what it is in may be left over from another one.
         begun = manager is transaction.manager or "repoze.tm.active" in environ
         self.watch(transaction.manager, begun=begun)
         if manager:
@@ -178,8 +178,25 @@ def _of_this_thread(manager: TransactionManager) -> TransactionManager:
     return getattr(manager, "manager", manager)
 
 
+@implementer(IDataManager)
+class _Joined:
+    """Joins a transaction and has nothing to write, but for what a subclass adds."""
+
+    #: The interface wants the name; the transaction itself comes with the calls.
+    transaction_manager: TransactionManager | None = None
+
+    def commit(self, txn: Transaction) -> None:
+        """Do nothing."""
+
+    tpc_begin = tpc_vote = tpc_finish = tpc_abort = commit
+
+    def sortKey(self) -> str:  # noqa: N802 - the name is the interface's
+        # Below "~sqlalchemy", whose one-phase manager commits in tpc_vote.
+        return f"ws_celery:{id(self)}"
+
+
 @implementer(ISavepointDataManager)
-class DispatchDataManager:
+class DispatchDataManager(_Joined):
     """Holds what one transaction has dispatched to one Celery app.
 
     It only keeps the list: publishing is the after-commit hook's, because ``tpc_finish`` may
@@ -191,8 +208,6 @@ class DispatchDataManager:
     """
 
     def __init__(self, app: PyramidCelery, txn: Transaction) -> None:
-        #: The interface wants the name; the transaction itself comes with the calls.
-        self.transaction_manager: TransactionManager | None = None
         self.publications: list[Publication] = []
         self._app = app
         #: What has recorded last; as a rule the next dispatch is made in the same savepoint.
@@ -238,23 +253,10 @@ class DispatchDataManager:
     def savepoint(self) -> _Savepoint:
         return _Savepoint(self.publications)
 
-    def sortKey(self) -> str:  # noqa: N802 - the name is the interface's
-        # Below "~sqlalchemy", whose one-phase manager commits in tpc_vote.
-        return f"ws_celery:{id(self)}"
-
     def tpc_begin(self, txn: Transaction) -> None:  # noqa: ARG002 - as the interface has it
         """Write what was dispatched after the hooks: by a synchronizer, before the completion."""
         if self._journal is not None:
             self._journal.write()
-
-    def commit(self, txn: Transaction) -> None:
-        """Nothing to write."""
-
-    def tpc_vote(self, txn: Transaction) -> None:
-        """Nothing that could still fail."""
-
-    def tpc_finish(self, txn: Transaction) -> None:
-        """Published by the after-commit hook."""
 
     def _after_commit(self, committed: bool) -> None:
         publications = list(self.publications)
@@ -395,15 +397,12 @@ class _Watcher:
         self._undone = ref(txn)
 
 
-@implementer(IDataManager)
-class _Completion:
+class _Completion(_Joined):
     """Joins a transaction that is about to end, because only data managers learn how it does.
 
     :param watcher: is notified if it aborts.
     :param claim: is notified if it commits.
     """
-
-    transaction_manager = None
 
     def __init__(self, watcher: _Watcher, claim: Claim | None) -> None:
         self._watcher = watcher
@@ -415,15 +414,6 @@ class _Completion:
     def tpc_begin(self, txn: Transaction) -> None:
         if self._claim is not None:
             self._claim.commit(txn)
-
-    def commit(self, txn: Transaction) -> None:
-        """Nothing to write."""
-
-    tpc_vote = tpc_finish = tpc_abort = commit
-
-    def sortKey(self) -> str:  # noqa: N802 - the name is the interface's
-        # Below "~sqlalchemy", whose one-phase manager commits in tpc_vote.
-        return f"ws_celery:{id(self)}"
 
 
 class _DispatchesOfThread(local):
