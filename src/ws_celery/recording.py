@@ -2,7 +2,8 @@
 
 The way in is :class:`RecordingProducer`, which stands in for kombu's producer while a transaction
 is open that somebody will finish. What it keeps belongs to a
-:class:`~ws_celery.transactions.DispatchDataManager`, which has joined that transaction.
+:class:`~ws_celery.transactions.DispatchDataManager`, which has joined that transaction. What cannot
+be sent, or would be read as something else, is refused at the call.
 """
 
 from __future__ import annotations
@@ -52,224 +53,6 @@ __all__ = (
     "refuse_misread",
     "withheld",
 )
-
-#: The keys of an object that kombu writes for a UUID or a time, and reads as one.
-_FORM = frozenset(("__type__", "__value__"))
-
-_MISREAD = (
-    "an object with the keys __type__ and __value__ only would be read as another value, or not "
-    "at all"
-)
-
-#: What has no parts.
-_WITHOUT_FORM = frozenset((str, int, bool, float, bytes, type(None)))
-
-
-def blame_argument(
-    error: EncodeError,
-    task: str,
-    args: Iterable[Any] | None,
-    kwargs: Mapping[str, Any] | None,
-    serializer: str | None,
-) -> None:
-    """Raise the error that says which argument is to blame for ``error``, if one is.
-
-    :param serializer: its name; ``None`` for JSON.
-    :raises ArgumentNotSerializable: an ``EncodeError``, too.
-    """
-    serializer = serializer or "json"
-    for name, value in _named(args, kwargs):
-        for culprit in _culprits(value, serializer):
-            raise ArgumentNotSerializable(task, name, serializer, _advice(culprit)) from error
-
-
-def refuse_misread(
-    task: str,
-    args: Iterable[Any] | None,
-    kwargs: Mapping[str, Any] | None,
-    serializer: str | None,
-    options: Mapping[str, Any],
-) -> None:
-    """Refuse what can be written as JSON and is read as something else; the worker would meet it.
-
-    :param options: of the call; headers and callbacks travel, too.
-    :raises ArgumentNotSerializable: if it is in an argument.
-    :raises OptionNotSendable: if it is in an option.
-    """
-    if serializer in (None, "json") and _is_misread((args, kwargs)):
-        # If none of the values is to blame, the two names of the keyword arguments are.
-        misread = (name for name, value in _named(args, kwargs) if _is_misread(value))
-        advice = f"{_MISREAD}. Name another key, or pass its text, by json.dumps()"
-        raise ArgumentNotSerializable(task, next(misread, "argument '__type__'"), "json", advice)
-    if _is_misread(options):
-        name = next(name for name, value in options.items() if _is_misread(value))
-        raise OptionNotSendable(f"{task}: the option {name!r}", _MISREAD)
-
-
-def _is_misread(value: object) -> bool:
-    try:
-        return _has_form(value)
-    except RecursionError:
-        return False  # it is its own part, and cannot be written
-
-
-def _has_form(value: object) -> bool:
-    if isinstance(value, dict):
-        if len(value) == len(_FORM) and value.keys() == _FORM:
-            return True
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return False
-    for each in value:  # noqa: SIM110 - at each call, and this is half of what any() takes
-        if type(each) not in _WITHOUT_FORM and _has_form(each):
-            return True
-    return False
-
-
-def _named(
-    args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None
-) -> Iterator[tuple[str, Any]]:
-    for number, value in enumerate(args or (), 1):
-        yield f"argument {number}", value
-    for name, value in (kwargs or {}).items():
-        yield f"argument {name!r}", value
-
-
-def _culprits(value: object, serializer: str, around: tuple[object, ...] = ()) -> Iterator[object]:
-    """Yield what does not serialise, the smallest parts of it."""
-    try:
-        dumps(value, serializer=serializer)
-    except Exception:  # noqa: BLE001 - values have encoders of their own, which may raise anything
-        around = (*around, value)
-        # What is a part of itself has no smallest one.
-        parts = [part for part in _parts(value) if not any(part is each for each in around)]
-        culprits = [found for part in parts for found in _culprits(part, serializer, around)]
-        yield from culprits or [value]
-
-
-def _parts(value: object) -> Iterable[object]:
-    if isinstance(value, Mapping):
-        return [*value, *value.values()]
-    return value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else ()
-
-
-def _advice(value: object) -> str:
-    kind = type(value).__name__
-    sqlalchemy = sys.modules.get("sqlalchemy")
-    state: Any = sqlalchemy and sqlalchemy.inspect(value, raiseerr=False)
-    if hasattr(state, "identity_key") and hasattr(state, "mapper"):
-        keys = ", ".join(column.key for column in state.mapper.primary_key)
-        return (
-            f"a {kind} is a row of the database. Pass its key ({keys}), and load it in the task; "
-            "a new one has its key after session.flush()"
-        )
-    return f"it has a {kind}. Pass numbers, texts, lists and dictionaries"
-
-
-#: What every broker takes and nobody can change.
-_PLAIN = frozenset((str, bool, float, type(None)))
-
-#: What keys have to be.
-_TEXTS = frozenset((str,))
-
-#: The smallest whole number that has no place in a header of AMQP.
-_TOO_BIG = 2**63
-
-#: Options of a publish that end in the message beside its headers, and what they have to be.
-_NUMBERS: dict[str, type | tuple[type, ...]] = {"priority": int, "expiration": (int, float)}
-
-#: Options of a publish that are not written into the message.
-_OF_PUBLISH = frozenset(
-    (
-        *("declare", "exchange", "routing_key", "retry", "retry_policy", "delivery_mode"),
-        *("mandatory", "immediate", "timeout", "confirm_timeout"),
-        *("content_type", "content_encoding", "compression", "headers", *_NUMBERS),
-    )
-)
-
-
-def freeze_envelope(options: dict[str, Any], driver: str) -> None:
-    """Replace what could be changed after the call by copies of it.
-
-    :param options: of a publish, as :meth:`kombu.Producer.publish` takes them.
-    :param driver: the ``driver_type`` of the transport.
-    :raises OptionNotSendable: if the broker's library could not write one of them.
-    """
-    headers = options.get("headers") or {}
-    task = str(headers.get("task"))
-    options["headers"] = _frozen(headers, headers, driver, f"{task}: the header")
-    own = options.keys() - _OF_PUBLISH
-    options.update(_frozen(options, own, driver, f"{task}: the option"))
-    for name, problem in _wrong(options):
-        raise OptionNotSendable(f"{task}: the option {name!r}", problem)
-
-
-def _frozen(
-    values: Mapping[str, Any], names: Iterable[str], driver: str, what: str
-) -> dict[str, Any]:
-    frozen = {}
-    for name in names:
-        value = values[name]
-        if type(value) not in _PLAIN:
-            try:
-                value = _copy(value, driver)
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-                raise OptionNotSendable(f"{what} {name!r}", problem) from error
-        frozen[name] = value
-    return frozen
-
-
-def _wrong(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, kind in _NUMBERS.items():
-        value = options.get(name)
-        if value is not None and not isinstance(value, kind):
-            yield name, f"{value!r} is no number"
-    if compression := options.get("compression"):
-        try:
-            get_encoder(compression)
-        except (KeyError, TypeError):
-            yield "compression", f"{compression!r} is not known to kombu"
-
-
-def _copy(value: object, driver: str) -> object:
-    if type(value) is int and -_TOO_BIG <= value < _TOO_BIG:
-        return value
-    if isinstance(value, dict) and _TEXTS.issuperset(map(type, value)):
-        return {k: v if type(v) in _PLAIN else _copy(v, driver) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [v if type(v) in _PLAIN else _copy(v, driver) for v in value]
-    if driver == "amqp":
-        dumps_amqp("F", [{"": value}])  # numbers, times and the like: nobody changes them
-        return value
-    return json.loads(json.dumps(value))
-
-
-#: The exchange that messages with a delay go to, on RabbitMQ.
-DELAYING_EXCHANGE = f"celery_delayed_{BITS - 1}"
-
-_DELAY = re.compile(rf"(?:[01]\.){{{BITS}}}")
-
-
-def bare_key(routing_key: str) -> str:
-    """Return a routing key without the delay that it may have."""
-    return _DELAY.sub("", routing_key, count=1)
-
-
-def delay_anew(options: dict[str, Any]) -> None:
-    """Let a message that RabbitMQ delays wait for what is left until its ``eta``.
-
-    :param options: of the publish; what has no delay stays as it is.
-    """
-    exchange, key = options.get("exchange"), options.get("routing_key")
-    eta = (options.get("headers") or {}).get("eta")
-    if getattr(exchange, "name", exchange) != DELAYING_EXCHANGE or not (key and eta):
-        return
-    left = aware(maybe_iso8601(eta)) - datetime.now(timezone.utc)
-    # With no delay at all it passes through all levels to its queue.
-    delay = f"{max(int(left.total_seconds()), 0):0{BITS}b}"
-    options["routing_key"] = ".".join((*delay, bare_key(key)))
-
 
 #: Name of the message header with the id of the row that the message has in the outbox.
 ROW_HEADER = "ws_celery_outbox"
@@ -411,3 +194,221 @@ def not_while_recording(backend: Backend) -> None:
         return {}
 
     backend.on_task_call = unless_recording
+
+
+#: What every broker takes and nobody can change.
+_PLAIN = frozenset((str, bool, float, type(None)))
+
+#: What keys have to be.
+_TEXTS = frozenset((str,))
+
+#: The smallest whole number that has no place in a header of AMQP.
+_TOO_BIG = 2**63
+
+#: Options of a publish that end in the message beside its headers, and what they have to be.
+_NUMBERS: dict[str, type | tuple[type, ...]] = {"priority": int, "expiration": (int, float)}
+
+#: Options of a publish that are not written into the message.
+_OF_PUBLISH = frozenset(
+    (
+        *("declare", "exchange", "routing_key", "retry", "retry_policy", "delivery_mode"),
+        *("mandatory", "immediate", "timeout", "confirm_timeout"),
+        *("content_type", "content_encoding", "compression", "headers", *_NUMBERS),
+    )
+)
+
+
+def freeze_envelope(options: dict[str, Any], driver: str) -> None:
+    """Replace what could be changed after the call by copies of it.
+
+    :param options: of a publish, as :meth:`kombu.Producer.publish` takes them.
+    :param driver: the ``driver_type`` of the transport.
+    :raises OptionNotSendable: if the broker's library could not write one of them.
+    """
+    headers = options.get("headers") or {}
+    task = str(headers.get("task"))
+    options["headers"] = _frozen(headers, headers, driver, f"{task}: the header")
+    own = options.keys() - _OF_PUBLISH
+    options.update(_frozen(options, own, driver, f"{task}: the option"))
+    for name, problem in _wrong(options):
+        raise OptionNotSendable(f"{task}: the option {name!r}", problem)
+
+
+def _frozen(
+    values: Mapping[str, Any], names: Iterable[str], driver: str, what: str
+) -> dict[str, Any]:
+    frozen = {}
+    for name in names:
+        value = values[name]
+        if type(value) not in _PLAIN:
+            try:
+                value = _copy(value, driver)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+                raise OptionNotSendable(f"{what} {name!r}", problem) from error
+        frozen[name] = value
+    return frozen
+
+
+def _wrong(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, kind in _NUMBERS.items():
+        value = options.get(name)
+        if value is not None and not isinstance(value, kind):
+            yield name, f"{value!r} is no number"
+    if compression := options.get("compression"):
+        try:
+            get_encoder(compression)
+        except (KeyError, TypeError):
+            yield "compression", f"{compression!r} is not known to kombu"
+
+
+def _copy(value: object, driver: str) -> object:
+    if type(value) is int and -_TOO_BIG <= value < _TOO_BIG:
+        return value
+    if isinstance(value, dict) and _TEXTS.issuperset(map(type, value)):
+        return {k: v if type(v) in _PLAIN else _copy(v, driver) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [v if type(v) in _PLAIN else _copy(v, driver) for v in value]
+    if driver == "amqp":
+        dumps_amqp("F", [{"": value}])  # numbers, times and the like: nobody changes them
+        return value
+    return json.loads(json.dumps(value))
+
+
+#: The keys of an object that kombu writes for a UUID or a time, and reads as one.
+_FORM = frozenset(("__type__", "__value__"))
+
+_MISREAD = (
+    "an object with the keys __type__ and __value__ only would be read as another value, or not "
+    "at all"
+)
+
+#: What has no parts.
+_WITHOUT_FORM = frozenset((str, int, bool, float, bytes, type(None)))
+
+
+def blame_argument(
+    error: EncodeError,
+    task: str,
+    args: Iterable[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    serializer: str | None,
+) -> None:
+    """Raise the error that says which argument is to blame for ``error``, if one is.
+
+    :param serializer: its name; ``None`` for JSON.
+    :raises ArgumentNotSerializable: an ``EncodeError``, too.
+    """
+    serializer = serializer or "json"
+    for name, value in _named(args, kwargs):
+        for culprit in _culprits(value, serializer):
+            raise ArgumentNotSerializable(task, name, serializer, _advice(culprit)) from error
+
+
+def refuse_misread(
+    task: str,
+    args: Iterable[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    serializer: str | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse what can be written as JSON and is read as something else; the worker would meet it.
+
+    :param options: of the call; headers and callbacks travel, too.
+    :raises ArgumentNotSerializable: if it is in an argument.
+    :raises OptionNotSendable: if it is in an option.
+    """
+    if serializer in (None, "json") and _is_misread((args, kwargs)):
+        # If none of the values is to blame, the two names of the keyword arguments are.
+        misread = (name for name, value in _named(args, kwargs) if _is_misread(value))
+        advice = f"{_MISREAD}. Name another key, or pass its text, by json.dumps()"
+        raise ArgumentNotSerializable(task, next(misread, "argument '__type__'"), "json", advice)
+    if _is_misread(options):
+        name = next(name for name, value in options.items() if _is_misread(value))
+        raise OptionNotSendable(f"{task}: the option {name!r}", _MISREAD)
+
+
+def _is_misread(value: object) -> bool:
+    try:
+        return _has_form(value)
+    except RecursionError:
+        return False  # it is its own part, and cannot be written
+
+
+def _has_form(value: object) -> bool:
+    if isinstance(value, dict):
+        if len(value) == len(_FORM) and value.keys() == _FORM:
+            return True
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return False
+    for each in value:  # noqa: SIM110 - at each call, and this is half of what any() takes
+        if type(each) not in _WITHOUT_FORM and _has_form(each):
+            return True
+    return False
+
+
+def _named(
+    args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Any]]:
+    for number, value in enumerate(args or (), 1):
+        yield f"argument {number}", value
+    for name, value in (kwargs or {}).items():
+        yield f"argument {name!r}", value
+
+
+def _culprits(value: object, serializer: str, around: tuple[object, ...] = ()) -> Iterator[object]:
+    """Yield what does not serialise, the smallest parts of it."""
+    try:
+        dumps(value, serializer=serializer)
+    except Exception:  # noqa: BLE001 - values have encoders of their own, which may raise anything
+        around = (*around, value)
+        # What is a part of itself has no smallest one.
+        parts = [part for part in _parts(value) if not any(part is each for each in around)]
+        culprits = [found for part in parts for found in _culprits(part, serializer, around)]
+        yield from culprits or [value]
+
+
+def _parts(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return [*value, *value.values()]
+    return value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else ()
+
+
+def _advice(value: object) -> str:
+    kind = type(value).__name__
+    sqlalchemy = sys.modules.get("sqlalchemy")
+    state: Any = sqlalchemy and sqlalchemy.inspect(value, raiseerr=False)
+    if hasattr(state, "identity_key") and hasattr(state, "mapper"):
+        keys = ", ".join(column.key for column in state.mapper.primary_key)
+        return (
+            f"a {kind} is a row of the database. Pass its key ({keys}), and load it in the task; "
+            "a new one has its key after session.flush()"
+        )
+    return f"it has a {kind}. Pass numbers, texts, lists and dictionaries"
+
+
+#: The exchange that messages with a delay go to, on RabbitMQ.
+DELAYING_EXCHANGE = f"celery_delayed_{BITS - 1}"
+
+_DELAY = re.compile(rf"(?:[01]\.){{{BITS}}}")
+
+
+def bare_key(routing_key: str) -> str:
+    """Return a routing key without the delay that it may have."""
+    return _DELAY.sub("", routing_key, count=1)
+
+
+def delay_anew(options: dict[str, Any]) -> None:
+    """Let a message that RabbitMQ delays wait for what is left until its ``eta``.
+
+    :param options: of the publish; what has no delay stays as it is.
+    """
+    exchange, key = options.get("exchange"), options.get("routing_key")
+    eta = (options.get("headers") or {}).get("eta")
+    if getattr(exchange, "name", exchange) != DELAYING_EXCHANGE or not (key and eta):
+        return
+    left = aware(maybe_iso8601(eta)) - datetime.now(timezone.utc)
+    # With no delay at all it passes through all levels to its queue.
+    delay = f"{max(int(left.total_seconds()), 0):0{BITS}b}"
+    options["routing_key"] = ".".join((*delay, bare_key(key)))
