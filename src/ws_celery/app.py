@@ -23,12 +23,7 @@ from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
 from zope.interface import implementer
 
-from ws_celery.applications import (
-    INI_VARIABLE,
-    answer_celery,
-    current_celery_app,
-    get_celery_app,
-)
+from ws_celery.applications import INI_VARIABLE, answer_celery, current_celery_app
 from ws_celery.eager import EagerWorker, MemoryBackend
 from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.exceptions import ConfigurationError
@@ -50,10 +45,11 @@ from ws_celery.request import (
     calling_request,
     description_of,
     failing,
+    get_celery_app,
 )
 from ws_celery.results import end_waits
 from ws_celery.settings import Configuration, our_setting
-from ws_celery.shown_arguments import message_reprs, shown_value
+from ws_celery.shown_arguments import hidden_arguments, masked_reprs, shown_value
 from ws_celery.transactions import Transactions
 
 if TYPE_CHECKING:
@@ -145,8 +141,7 @@ class PyramidCelery(Celery):
         self._call_options = configuration.call_options if configuration else {}
         of_pyramid = self.registry.settings
         self.session_attribute = our_setting(of_pyramid, "ws_celery.dbsession", "dbsession")
-        hidden = our_setting(of_pyramid, "ws_celery.mask_arguments", default=[])
-        self.hidden_arguments = frozenset(name.lower() for name in hidden)
+        self.hidden_arguments = hidden_arguments(of_pyramid)
         self.publisher = Publisher(self)
         self.propagation = Propagation(self.registry)
         settings = {"beat_scheduler": "ws_celery.beat:Scheduler", **settings}
@@ -244,7 +239,7 @@ class PyramidCelery(Celery):
         refuse_misread(name, args, kwargs, serializer, options)
         self.locks.check_key(self.tasks.get(name), args, kwargs)
         # Without their secrets: Celery shows these words in logs and events.
-        argsrepr, kwargsrepr = message_reprs(self, name, args, kwargs)
+        argsrepr, kwargsrepr = masked_reprs(self, name, args, kwargs)
         for key, text in (("argsrepr", argsrepr), ("kwargsrepr", kwargsrepr)):
             if text is not None and options.get(key) is None:
                 options[key] = text

@@ -15,12 +15,11 @@ from paste.deploy.loadwsgi import ConfigLoader
 from plaster_pastedeploy import Loader as PasteDeployLoader
 from pyramid.config import global_registries
 from pyramid.registry import Registry
-from pyramid.request import Request
 from pyramid.threadlocal import manager as threadlocals
 
-from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotIncluded
+from ws_celery.exceptions import ConfigurationError, NoCurrentApplication
 from ws_celery.interfaces import ICeleryApp
-from ws_celery.request import calling_request
+from ws_celery.request import calling_request, get_celery_app
 from ws_celery.settings import ini_variables
 
 if TYPE_CHECKING:
@@ -29,10 +28,9 @@ if TYPE_CHECKING:
 __all__ = (
     "INI_VARIABLE",
     "answer_celery",
-    "app_for",
     "app_if_loaded",
+    "app_without_request",
     "current_celery_app",
-    "get_celery_app",
     "load_registry",
     "loaded_celery_app",
 )
@@ -50,19 +48,6 @@ _OURS = ("ws_celery.applications", "ws_celery.declaration", "celery.local")
 _loading = RLock()
 
 
-def get_celery_app(source: object) -> PyramidCelery:
-    """Return the Celery app of a Pyramid registry, or of the registry of a request.
-
-    :param source: a registry, or anything that has one as its attribute ``registry``.
-    :raises NotIncluded: if the application does not include ws_celery.
-    """
-    registry: Registry = getattr(source, "registry", source)
-    app = registry.queryUtility(ICeleryApp)
-    if app is None:
-        raise NotIncluded
-    return app
-
-
 def current_celery_app(what: str = "celery_app") -> PyramidCelery:
     """Return the Celery app of the application that the running code belongs to.
 
@@ -74,13 +59,15 @@ def current_celery_app(what: str = "celery_app") -> PyramidCelery:
     :param what: what needs the app, for the error message.
     :raises NoCurrentApplication: if none or more than one is loaded.
     """
-    return app_for(calling_request(), what)
+    request = calling_request()
+    return app_without_request(what) if request is None else get_celery_app(request)
 
 
-def app_for(request: Request | None, what: str) -> PyramidCelery:
-    """Return what :func:`current_celery_app` does, for whom the calling request is at hand."""
-    if request is not None:
-        return get_celery_app(request)
+def app_without_request(what: str) -> PyramidCelery:
+    """Return what :func:`current_celery_app` does if there is no request.
+
+    :raises NoCurrentApplication: likewise.
+    """
     return _app_of_transaction() or loaded_celery_app(what)
 
 

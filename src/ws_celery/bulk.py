@@ -34,7 +34,7 @@ from ws_celery.recording import (
     refuse_misread,
 )
 from ws_celery.request import calling, split_request
-from ws_celery.shown_arguments import message_reprs
+from ws_celery.shown_arguments import masked_reprs
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
@@ -120,7 +120,7 @@ class Example(RecordingProducer):
                 _blame(self._task, number, call, error, self._serializer)
                 raise
             args, kwargs = call
-            argsrepr, kwargsrepr = message_reprs(app, self._task.name, args, kwargs)
+            argsrepr, kwargsrepr = masked_reprs(app, self._task.name, args, kwargs)
             argsrepr = argsrepr or saferepr(args, app.amqp.argsrepr_maxsize, **levels)
             if kwargsrepr is None:
                 limit = app.amqp.kwargsrepr_maxsize

@@ -22,10 +22,9 @@ from venusian import Scanner
 
 from ws_celery.app import PyramidCelery
 from ws_celery.applications import (
-    app_for,
     app_if_loaded,
+    app_without_request,
     current_celery_app,
-    get_celery_app,
 )
 from ws_celery.beat.sources import declare
 from ws_celery.bulk import split_call
@@ -33,7 +32,7 @@ from ws_celery.derivers import check_options, derive, task_derivers
 from ws_celery.exceptions import ConfigurationError, Fault, TaskNotRegistered
 from ws_celery.locks import apply_option, check_rule
 from ws_celery.masking import logger_of, masked, without_arguments
-from ws_celery.request import calling_request, split_request
+from ws_celery.request import calling_request, get_celery_app, split_request
 from ws_celery.signatures import without_request
 from ws_celery.tasks import problem_of_request
 from ws_celery.transactional import TransactionalTask
@@ -175,7 +174,10 @@ class TaskProxy:
         request, _, _ = split_request(args, kwargs)
         if request is None:
             request = calling_request()
-        app = app_for(request, f"the task {self.name!r}")
+        if request is None:
+            app = app_without_request(f"the task {self.name!r}")
+        else:
+            app = get_celery_app(request)
         try:
             return app.tasks[self.name]
         except KeyError:

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.masking import MASK, SafeRecords
 from ws_celery.settings import ini_variables
-from ws_celery.shown_arguments import described_arguments, shown_text
+from ws_celery.shown_arguments import logged_arguments, shown_text
 
 __all__ = (
     "TaskFilter",
@@ -135,7 +135,7 @@ def _arguments_of(told: Mapping[str, Any]) -> tuple[str, ...]:
         return (MASK,)  # nobody knows the names by which a text without them is masked
     context = task.request
     reprs = getattr(context, "argsrepr", None), getattr(context, "kwargsrepr", None)
-    return described_arguments(task.app, task.name, (context.args, context.kwargs), reprs)
+    return logged_arguments(task.app, task.name, (context.args, context.kwargs), reprs)
 
 
 def _hide_arguments(record: logging.LogRecord) -> None:

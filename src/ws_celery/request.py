@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 from celery.app.task import Context
@@ -20,10 +20,13 @@ from pyramid.threadlocal import RequestContext, get_current_request
 from zope.interface import alsoProvides, implementer
 
 from ws_celery.converters import nearest
-from ws_celery.exceptions import ConfigurationError, Fault, ValueNotPropagated
-from ws_celery.interfaces import IRequestPropagator, ITaskRequest
+from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded, ValueNotPropagated
+from ws_celery.interfaces import ICeleryApp, IRequestPropagator, ITaskRequest
 from ws_celery.masking import logger_of
 from ws_celery.settings import our_setting
+
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
 
 __all__ = (
     "HEADER",
@@ -36,6 +39,7 @@ __all__ = (
     "description_of",
     "failed_run",
     "failing",
+    "get_celery_app",
     "split_request",
     "task_request",
 )
@@ -278,6 +282,19 @@ def calling_request() -> Request | None:
     """Return the request on whose behalf the code runs: the one passed, else Pyramid's current."""
     request = _explicit.get()
     return get_current_request() if request is None else request
+
+
+def get_celery_app(source: object) -> PyramidCelery:
+    """Return the Celery app of a Pyramid registry, or of the registry of a request.
+
+    :param source: a registry, or anything that has one as its attribute ``registry``.
+    :raises NotIncluded: if the application does not include ws_celery.
+    """
+    registry: Registry = getattr(source, "registry", source)
+    app = registry.queryUtility(ICeleryApp)
+    if app is None:
+        raise NotIncluded
+    return app
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,11 +12,19 @@ from celery import Task
 from celery.utils.saferepr import saferepr
 
 from ws_celery.masking import MASK, is_secret, masked, masked_text
+from ws_celery.settings import our_setting
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("described_arguments", "message_reprs", "shown_arguments", "shown_text", "shown_value")
+__all__ = (
+    "hidden_arguments",
+    "logged_arguments",
+    "masked_reprs",
+    "shown_arguments",
+    "shown_text",
+    "shown_value",
+)
 
 #: The positional or keyword arguments of a call, as it or its message has them; text if Celery
 #: has made it of them.
@@ -38,6 +46,12 @@ _NUMBERS = frozenset((int, float, bool, type(None)))
 _AS_TRAVELLED = str.maketrans("()", "[]")
 
 
+def hidden_arguments(settings: Mapping[str, Any] | None) -> frozenset[str]:
+    """Return the names that ``ws_celery.mask_arguments`` hides, in lower case."""
+    names: Iterable[str] = our_setting(settings, "ws_celery.mask_arguments", default=[])
+    return frozenset(name.lower() for name in names)
+
+
 def shown_arguments(
     app: PyramidCelery, task: str | None, args: Arguments, kwargs: Arguments
 ) -> dict[str, Any]:
@@ -51,7 +65,7 @@ def shown_arguments(
     hidden = app.hidden_arguments
     positions = _parameters(app.tasks.get(task))
     if isinstance(args, str) or isinstance(kwargs, str):  # Celery's words of them
-        texts = described_arguments(app, task, None, (str(args), str(kwargs)))
+        texts = logged_arguments(app, task, None, (str(args), str(kwargs)))
         return {"args": [texts[0]], "kwargs": {"...": texts[1]}}
     return {
         "args": [
@@ -123,7 +137,7 @@ def _with_shown_calls(app: PyramidCelery, value: object, hidden: frozenset[str])
     return shown
 
 
-def message_reprs(
+def masked_reprs(
     app: PyramidCelery, task: str, args: Arguments, kwargs: Arguments
 ) -> tuple[str | None, str | None]:
     """Return the texts that a message has for its arguments; Celery shows them in logs and events.
@@ -141,7 +155,7 @@ def message_reprs(
         return MASK, MASK
 
 
-def described_arguments(
+def logged_arguments(
     app: PyramidCelery,
     task: str | None,
     call: tuple[Any, Any] | None,
@@ -158,14 +172,14 @@ def described_arguments(
         return args, kwargs
     try:
         shown = shown_arguments(app, task, *call)
-        args = _described(app, tuple(call[0] or ()), tuple(shown["args"]), reprs[0])
-        kwargs = _described(app, dict(call[1] or {}), shown["kwargs"], reprs[1])
+        args = _logged(app, tuple(call[0] or ()), tuple(shown["args"]), reprs[0])
+        kwargs = _logged(app, dict(call[1] or {}), shown["kwargs"], reprs[1])
     except Exception:  # noqa: BLE001 - a log is written though a value cannot be looked into
         return MASK, MASK
     return args, kwargs
 
 
-def _described(app: PyramidCelery, real: object, shown: object, given: str | None) -> str:
+def _logged(app: PyramidCelery, real: object, shown: object, given: str | None) -> str:
     ours = _repr(app, shown)
     known = {_travelled(ours), _travelled(_repr(app, real))} if given else ()
     if given and _travelled(given) not in known:

@@ -20,7 +20,7 @@ from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.masking import logger_of, masked_text
 from ws_celery.outages import Service
 from ws_celery.settings import our_setting
-from ws_celery.shown_arguments import described_arguments
+from ws_celery.shown_arguments import logged_arguments
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
@@ -154,7 +154,7 @@ class Spool:
         headers = publication.options["headers"]
         reprs = headers.get("argsrepr"), headers.get("kwargsrepr")
         call = _call_of(publication)
-        args, kwargs = described_arguments(self._app, publication.task_name, call, reprs)
+        args, kwargs = logged_arguments(self._app, publication.task_name, call, reprs)
         return f"{text} args={args} kwargs={kwargs}"
 
     def keep(self, publications: Sequence[Publication]) -> list[Publication]:
