@@ -21,6 +21,7 @@ from celery.utils.text import pretty
 from kombu import Connection, Producer
 from kombu.exceptions import EncodeError
 from pyramid.registry import Registry
+from pyramid.request import Request
 from zope.interface import implementer
 
 from ws_celery.applications import INI_VARIABLE, answer_celery, current_celery_app
@@ -41,6 +42,8 @@ from ws_celery.recording import (
 )
 from ws_celery.request import (
     HEADER,
+    Args,
+    Kwargs,
     Propagation,
     calling_request,
     description_of,
@@ -203,12 +206,7 @@ class PyramidCelery(Celery):
             self.publisher.publish(publications)
 
     def send_task(
-        self,
-        name: str,
-        args: Sequence[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        *starargs: Any,
-        **options: Any,
+        self, name: str, args: Args = None, kwargs: Kwargs = None, *starargs: Any, **options: Any
     ) -> AsyncResult:
         """Send a task by name, as in Celery; adds the header that describes the calling request.
 
@@ -221,17 +219,8 @@ class PyramidCelery(Celery):
         """
         positional = dict(zip(_POSITIONAL, starargs, strict=False))
         options = {**positional, **options, **self._missing(name, {*positional}, options)}
-        options["headers"] = headers = dict(options.get("headers") or {})
-        request = calling_request()
-        if HEADER not in headers:
-            description: dict[str, Any] | None = None
-            if request is not None:
-                description = self.propagation.describe(request)
-            elif parent := self.current_worker_task:
-                # A callback or the next task of a chain: its parent's run is over.
-                description = description_of(parent.request)
-            if description:
-                headers[HEADER] = description
+        options["headers"] = dict(options.get("headers") or {})
+        request = self._describe_caller(options["headers"])
         if has_subscriber(self.registry, BeforeDispatch):
             call = name, tuple(args or ()), dict(kwargs or {}), options
             self.registry.notify(BeforeDispatch(self, request, *call))
@@ -249,6 +238,20 @@ class PyramidCelery(Celery):
         except EncodeError as error:
             blame_argument(error, name, args, kwargs, serializer)
             raise
+
+    def _describe_caller(self, headers: dict[str, Any]) -> Request | None:
+        """Add the header that describes the calling request, and return that, if there is one."""
+        request = calling_request()
+        if HEADER not in headers:
+            description: dict[str, Any] | None = None
+            if request is not None:
+                description = self.propagation.describe(request)
+            elif parent := self.current_worker_task:
+                # A callback or the next task of a chain: its parent's run is over.
+                description = description_of(parent.request)
+            if description:
+                headers[HEADER] = description
+        return request
 
     def _missing(self, name: str, given: set[str], options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the options of the task's route that a call does not give."""

@@ -32,7 +32,7 @@ from ws_celery.derivers import check_options, derive, task_derivers
 from ws_celery.exceptions import ConfigurationError, Fault, TaskNotRegistered
 from ws_celery.locks import apply_option, check_rule
 from ws_celery.masking import logger_of, masked, without_arguments
-from ws_celery.request import calling_request, get_celery_app, split_request
+from ws_celery.request import Args, Kwargs, calling_request, get_celery_app, split_request
 from ws_celery.signatures import without_request
 from ws_celery.tasks import problem_of_request
 from ws_celery.transactional import TransactionalTask
@@ -137,12 +137,7 @@ class TaskProxy:
         """Dispatch with these arguments; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).delay(*args, **kwargs)
 
-    def apply_async(
-        self,
-        args: Iterable[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> AsyncResult:
+    def apply_async(self, args: Args = None, kwargs: Kwargs = None, **options: Any) -> AsyncResult:
         """Dispatch with options; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).apply_async(args, kwargs, **options)
 
@@ -162,15 +157,12 @@ class TaskProxy:
         return self.delay(*args, **kwargs)
 
     def apply_async_on_commit(
-        self,
-        args: Iterable[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        self, args: Args = None, kwargs: Kwargs = None, **options: Any
     ) -> AsyncResult:
         """Do what :meth:`apply_async` does."""
         return self.apply_async(args, kwargs, **options)
 
-    def _of(self, args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None) -> Task:
+    def _of(self, args: Args, kwargs: Kwargs) -> Task:
         request, _, _ = split_request(args, kwargs)
         if request is None:
             request = calling_request()

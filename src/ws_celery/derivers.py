@@ -189,7 +189,13 @@ def check_options(
     ]
     if unknown:
         known.update(each for each in dir(base) if not each.startswith("_"))
-        raise ConfigurationError(*(_unknown(name, option, known) for option in unknown))
+        problem = (
+            "the task {!r} has the unknown option {!r}; an option of your own is an attribute of "
+            "the task's base class, or is declared by a task deriver"
+        )
+        raise ConfigurationError(
+            *(Fault(problem.format(name, each), nearest=nearest(each, known)) for each in unknown)
+        )
     outbox = options.get("outbox", getattr(base, "outbox", True))
     if not isinstance(outbox, bool):
         raise ConfigurationError(f"The task {name!r} has outbox = {outbox!r}. Write True or False.")
@@ -198,14 +204,6 @@ def check_options(
             f"The task {name!r} has takes_request = {options['takes_request']!r}. Write True, or "
             "give it base=celery.Task, whose functions get no request."
         )
-
-
-def _unknown(name: str, option: str, known: Iterable[str]) -> Fault:
-    problem = (
-        f"the task {name!r} has the unknown option {option!r}; an option of your own is an "
-        "attribute of the task's base class, or is declared by a task deriver"
-    )
-    return Fault(problem, nearest=nearest(option, known))
 
 
 def _declared(derivers: Iterable[tuple[str, Deriver]]) -> Iterator[str]:
@@ -236,13 +234,9 @@ def derive(task: Task, original: Callable[..., Any], options: Mapping[str, Any])
                 "Let it return the function that it is given, or one that calls it."
             )
     if derived is not run:
-        setattr(task, attribute, _with_signature_of(run, derived))
+        # A function of its own: a deriver may return one object for many tasks.
+        @wraps(run)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return derived(*args, **kwargs)
 
-
-def _with_signature_of(run: Callable[..., Any], derived: Callable[..., Any]) -> Any:
-    # A function of its own: a deriver may return one object for many tasks.
-    @wraps(run)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return derived(*args, **kwargs)
-
-    return call
+        setattr(task, attribute, call)

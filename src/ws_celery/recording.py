@@ -30,6 +30,7 @@ from pyramid.request import Request
 
 from ws_celery.converters import aware
 from ws_celery.exceptions import ArgumentNotSerializable, OptionNotSendable
+from ws_celery.request import Args, Kwargs
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
@@ -230,8 +231,16 @@ def freeze_envelope(options: dict[str, Any], driver: str) -> None:
     options["headers"] = _frozen(headers, headers, driver, f"{task}: the header")
     own = options.keys() - _OF_PUBLISH
     options.update(_frozen(options, own, driver, f"{task}: the option"))
-    for name, problem in _wrong(options):
-        raise OptionNotSendable(f"{task}: the option {name!r}", problem)
+    for name, kind in _NUMBERS.items():
+        value = options.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise OptionNotSendable(f"{task}: the option {name!r}", f"{value!r} is no number")
+    if compression := options.get("compression"):
+        try:
+            get_encoder(compression)
+        except (KeyError, TypeError):
+            problem = f"{compression!r} is not known to kombu"
+            raise OptionNotSendable(f"{task}: the option 'compression'", problem) from None
 
 
 def _frozen(
@@ -248,18 +257,6 @@ def _frozen(
                 raise OptionNotSendable(f"{what} {name!r}", problem) from error
         frozen[name] = value
     return frozen
-
-
-def _wrong(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, kind in _NUMBERS.items():
-        value = options.get(name)
-        if value is not None and not isinstance(value, kind):
-            yield name, f"{value!r} is no number"
-    if compression := options.get("compression"):
-        try:
-            get_encoder(compression)
-        except (KeyError, TypeError):
-            yield "compression", f"{compression!r} is not known to kombu"
 
 
 def _copy(value: object, driver: str) -> object:
@@ -288,11 +285,7 @@ _WITHOUT_FORM = frozenset((str, int, bool, float, bytes, type(None)))
 
 
 def blame_argument(
-    error: EncodeError,
-    task: str,
-    args: Iterable[Any] | None,
-    kwargs: Mapping[str, Any] | None,
-    serializer: str | None,
+    error: EncodeError, task: str, args: Args, kwargs: Kwargs, serializer: str | None
 ) -> None:
     """Raise the error that says which argument is to blame for ``error``, if one is.
 
@@ -306,11 +299,7 @@ def blame_argument(
 
 
 def refuse_misread(
-    task: str,
-    args: Iterable[Any] | None,
-    kwargs: Mapping[str, Any] | None,
-    serializer: str | None,
-    options: Mapping[str, Any],
+    task: str, args: Args, kwargs: Kwargs, serializer: str | None, options: Mapping[str, Any]
 ) -> None:
     """Refuse what can be written as JSON and is read as something else; the worker would meet it.
 
@@ -348,9 +337,7 @@ def _has_form(value: object) -> bool:
     return False
 
 
-def _named(
-    args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None
-) -> Iterator[tuple[str, Any]]:
+def _named(args: Args, kwargs: Kwargs) -> Iterator[tuple[str, Any]]:
     for number, value in enumerate(args or (), 1):
         yield f"argument {number}", value
     for name, value in (kwargs or {}).items():

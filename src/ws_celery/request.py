@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ __all__ = (
     "HEADER",
     "JSON",
     "PROPAGATORS",
+    "Args",
+    "Kwargs",
     "Propagation",
     "Propagator",
     "calling",
@@ -63,6 +65,10 @@ _DEFAULT = "locale request_id"
 
 #: A value that JSON can hold.
 JSON: TypeAlias = Any
+
+#: The arguments of a call, as a caller gives them.
+Args: TypeAlias = Sequence[Any] | None
+Kwargs: TypeAlias = Mapping[str, Any] | None
 
 
 @implementer(IRequestPropagator)
@@ -247,7 +253,7 @@ _failed: ContextVar[Context | None] = ContextVar("ws_celery_failed", default=Non
 
 
 def split_request(
-    args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None
+    args: Args, kwargs: Kwargs
 ) -> tuple[Request | None, tuple[Any, ...], dict[str, Any]]:
     """Take a request off the arguments of a call, wherever the caller put it.
 
