@@ -118,11 +118,7 @@ class Spool:
         self.report(lost, error, ambiguous=False)
 
     def report(
-        self,
-        publications: Sequence[Publication],
-        error: BaseException,
-        *,
-        ambiguous: bool = True,
+        self, publications: Sequence[Publication], error: BaseException, *, ambiguous: bool = True
     ) -> None:
         """Tell that messages are lost.
 

@@ -104,10 +104,7 @@ class Transactions:
         return watcher
 
     def manage(
-        self,
-        manager: TransactionManager,
-        request: Request,
-        claim: Claim | None = None,
+        self, manager: TransactionManager, request: Request, claim: Claim | None = None
     ) -> None:
         """Count all transactions of ``manager`` as begun while ``request`` is ``tm.active``.
 
@@ -118,7 +115,6 @@ class Transactions:
 
     def begun(self, manager: TransactionManager) -> Transaction | None:
         """Return the open transaction of ``manager`` that somebody will finish, or ``None``."""
-        manager = _of_this_thread(manager)
         return self.watch(manager, begun=True).open(manager)
 
     def current(self, request: Request | None) -> Transaction | None:
@@ -132,10 +128,10 @@ class Transactions:
         received_by, received_in = environ.get(_RECEIVED_IN, (None, None))
         manager = getattr(request, "tm", None)
         if manager is not None:
-            manager = _of_this_thread(manager)
             watcher = self.watch(manager, begun=True)
             # A subrequest may have ended a transaction of this manager in between.
-            if manager is received_by and environ.get("tm.active") and not watcher.is_active():
+            again = environ.get("tm.active") and received_by is _of_this_thread(manager)
+            if again and not watcher.is_active():
                 watcher.manage(request)
             if (txn := watcher.open(manager)) is not None:
                 return txn
@@ -261,11 +257,21 @@ class DispatchDataManager(_Joined):
     def _after_commit(self, committed: bool) -> None:
         publications = list(self.publications)
         self.publications.clear()
-        if committed and publications:
-            with _passing_interruptions():
-                if self._journal is not None:
-                    self._journal.write_late()
-                self._app.publish(publications)
+        if not (committed and publications):
+            return
+        try:
+            if self._journal is not None:
+                self._journal.write_late()
+            self._app.publish(publications)
+        except BaseException as interruption:
+            # The transaction package would swallow it.
+            caught = _interruptions.get()
+            if caught is not None:
+                caught.append(interruption)
+            elif isinstance(interruption, Exception):
+                log.exception("The transaction has committed, but what follows it has failed")
+            else:
+                raise
 
     def abort(self, txn: Transaction) -> None:
         self.publications.clear()
@@ -464,18 +470,3 @@ def raising_interruptions() -> Iterator[list[BaseException]]:
         _interruptions.reset(token)
     if caught:
         raise caught[0]
-
-
-@contextmanager
-def _passing_interruptions() -> Iterator[None]:
-    """Pass what is raised inside to :func:`raising_interruptions`; without one, log an error."""
-    try:
-        yield
-    except BaseException as interruption:
-        caught = _interruptions.get()
-        if caught is not None:
-            caught.append(interruption)
-        elif isinstance(interruption, Exception):
-            log.exception("The transaction has committed, but what follows it has failed")
-        else:
-            raise
