@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from celery import Task
 from celery.utils.saferepr import saferepr
 
 from ws_celery.masking import MASK, is_secret, masked, masked_text
@@ -26,24 +24,11 @@ __all__ = (
     "shown_value",
 )
 
-#: The positional or keyword arguments of a call, as it or its message has them; text if Celery
-#: has made it of them.
-Arguments: TypeAlias = Sequence[Any] | Mapping[str, Any] | str | None
-
-#: What people see of a value: it has the same form, or is a mask.
-Shown: TypeAlias = Any
-
-#: Parameters have the same names at each call.
-_is_secret = lru_cache(maxsize=1024)(is_secret)
+_Args: TypeAlias = "Sequence[Any] | None"
+_Kwargs: TypeAlias = "Mapping[str, Any] | None"
 
 #: How many characters a hidden value has at least that is looked for in other texts.
 _SHORTEST = 4
-
-#: Types of values that say nothing but themselves.
-_NUMBERS = frozenset((int, float, bool, type(None)))
-
-#: A tuple is a list when it has travelled.
-_AS_TRAVELLED = str.maketrans("()", "[]")
 
 
 def hidden_arguments(settings: Mapping[str, Any] | None) -> frozenset[str]:
@@ -53,23 +38,24 @@ def hidden_arguments(settings: Mapping[str, Any] | None) -> frozenset[str]:
 
 
 def shown_arguments(
-    app: PyramidCelery, task: str | None, args: Arguments, kwargs: Arguments
+    app: PyramidCelery, task: str | None, args: object, kwargs: object
 ) -> dict[str, Any]:
     """Return the arguments of a call for people.
 
     What looks secret is masked, and what ``ws_celery.mask_arguments`` names; positional arguments
     by the names that they have in the task's function.
 
+    :param args: as they are, or Celery's words of them; likewise ``kwargs``.
     :return: ``args`` and ``kwargs``.
     """
-    hidden = app.hidden_arguments
-    positions = _parameters(app.tasks.get(task))
-    if isinstance(args, str) or isinstance(kwargs, str):  # Celery's words of them
-        texts = logged_arguments(app, task, None, (str(args), str(kwargs)))
+    if isinstance(args, str) or isinstance(kwargs, str):
+        texts = logged_arguments(app, task, None, (args, kwargs))
         return {"args": [texts[0]], "kwargs": {"...": texts[1]}}
+    hidden = app.hidden_arguments
+    names = _parameters(app, task)
     return {
         "args": [
-            _shown(positions[number] if number < len(positions) else "", value, hidden)
+            _shown(names[number] if number < len(names) else "", value, hidden)
             for number, value in enumerate(args if isinstance(args, Sequence) else ())
         ],
         "kwargs": {
@@ -79,72 +65,55 @@ def shown_arguments(
     }
 
 
-def shown_value(app: PyramidCelery, name: str, value: object) -> Any:
-    """Return a value for people: its secrets masked, and the arguments of each call inside of it.
-
-    :param name: the option or field that has the value.
-    :param value: what JSON can hold, and whatever Celery's settings and answers of workers hold.
-    """
-    return masked(name, _with_shown_calls(app, value, app.hidden_arguments))
-
-
-def shown_text(
-    app: PyramidCelery, task: str | None, call: tuple[Any, Any] | None, text: str
-) -> str:
-    """Return a text about a call, such as its traceback, for people.
-
-    The values that are hidden among its arguments are hidden in the text, too.
-    """
-    if call is not None:
-        shown = shown_arguments(app, task, *call)
-        for real, part in ((call[0], shown["args"]), (call[1], shown["kwargs"])):
-            for value in sorted(_hidden_texts(real, part), key=len, reverse=True):
-                text = text.replace(value, MASK)
-    return masked_text(text)
+def _shown(name: str, value: object, hidden: frozenset[str]) -> Any:
+    if hidden and not hidden.isdisjoint(("all", name.lower())):
+        return MASK
+    try:
+        inside = _without(value, hidden) if hidden else value
+        return masked(name if is_secret(name) else "", inside)
+    except Exception:  # noqa: BLE001 - it cannot be looked into
+        return MASK
 
 
-def _hidden_texts(real: object, shown: Shown) -> Iterator[str]:
-    """Yield the texts inside of ``real`` for which ``shown`` has a mask."""
-    # A log is written though a value cannot be looked into.
-    with suppress(Exception):
-        yield from _texts_inside(real, shown)
-
-
-def _texts_inside(real: object, shown: Shown) -> Iterator[str]:
-    if isinstance(real, Mapping):
-        for key, value in real.items():
-            yield from _hidden_texts(value, shown[key] if isinstance(shown, Mapping) else shown)
-    elif isinstance(real, (list, tuple)):
-        for number, value in enumerate(real):
-            yield from _hidden_texts(value, shown if isinstance(shown, str) else shown[number])
-    elif shown == MASK and isinstance(real, str) and len(real) >= _SHORTEST:
-        yield real
-
-
-def _with_shown_calls(app: PyramidCelery, value: object, hidden: frozenset[str]) -> Any:
+def _without(value: object, hidden: frozenset[str]) -> object:
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if str(key).lower() in hidden else _without(inner, hidden)
+            for key, inner in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_with_shown_calls(app, inner, hidden) for inner in value]
-    if not isinstance(value, Mapping):
-        return value
-    shown = {
-        key: MASK if str(key).lower() in hidden else _with_shown_calls(app, inner, hidden)
-        for key, inner in value.items()
-    }
-    if call := {"args", "kwargs"} & value.keys():
-        task = value.get("task") or value.get("name")
-        arguments = shown_arguments(app, task, value.get("args"), value.get("kwargs"))
-        shown.update({key: arguments[key] for key in call})
-    return shown
+        inside = [_without(inner, hidden) for inner in value]
+        return inside if isinstance(value, list) else tuple(inside)
+    return value
+
+
+def _parameters(app: PyramidCelery, task: str | None) -> Sequence[str]:
+    """Return the names of a task's positional parameters, without the request."""
+    found = app.tasks.get(task)
+    if not hasattr(found, "__header__"):
+        return ()
+    names: Sequence[str] | None = vars(found).get("ws_celery_parameters")
+    if names is None:  # it is asked for at each call
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(found.__header__).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+        found.ws_celery_parameters = names
+    return names
+
+
+# What a message and a log have
 
 
 def masked_reprs(
-    app: PyramidCelery, task: str, args: Arguments, kwargs: Arguments
+    app: PyramidCelery, task: str, args: _Args, kwargs: _Kwargs
 ) -> tuple[str | None, str | None]:
-    """Return the texts that a message has for its arguments; Celery shows them in logs and events.
+    """Return the words that a message has for its arguments, which Celery shows in logs and events.
 
-    :return: ``argsrepr`` and ``kwargsrepr``; ``None`` where Celery's own have no secret.
+    :return: ``argsrepr`` and ``kwargsrepr``; ``None`` where Celery's own words have no secret.
     """
     try:
+        if not (app.hidden_arguments or _may_have_secrets(app, task, args, kwargs)):
+            return None, None
         shown = shown_arguments(app, task, args, kwargs)
         positional, named = tuple(shown["args"]), shown["kwargs"]
         return (
@@ -155,11 +124,23 @@ def masked_reprs(
         return MASK, MASK
 
 
+def _may_have_secrets(app: PyramidCelery, task: str, args: _Args, kwargs: _Kwargs) -> bool:
+    """Tell whether to look closer; it is asked at each call, and most have numbers and words."""
+    args, kwargs = args or (), kwargs or {}
+    if not all(map(_is_plain, args)) or not all(map(_is_plain, kwargs.values())):
+        return True
+    names = _parameters(app, task)[: len(args)] if args else ()
+    return any(map(is_secret, (*names, *kwargs)))
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) is str:
+        return ":" not in value and "=" not in value  # see masked_text()
+    return value is None or type(value) in (bool, int, float)
+
+
 def logged_arguments(
-    app: PyramidCelery,
-    task: str | None,
-    call: tuple[Any, Any] | None,
-    reprs: tuple[str | None, str | None],
+    app: PyramidCelery, task: str | None, call: tuple[Any, Any] | None, reprs: tuple[Any, Any]
 ) -> tuple[str, str]:
     """Return the arguments of a call as a log has them: cut short, and masked as for people.
 
@@ -167,7 +148,7 @@ def logged_arguments(
     :param reprs: ``argsrepr`` and ``kwargsrepr`` of the message; what a call gave itself is kept.
     """
     if call is None:
-        hide = app.hidden_arguments or any(map(is_secret, _parameters(app.tasks.get(task))))
+        hide = app.hidden_arguments or any(map(is_secret, _parameters(app, task)))
         args, kwargs = (MASK if hide else masked_text(str(text)) for text in reprs)
         return args, kwargs
     try:
@@ -190,50 +171,70 @@ def _logged(app: PyramidCelery, real: object, shown: object, given: str | None) 
 
 def _repr(app: PyramidCelery, value: object) -> str:
     maxlevels = app.conf.get("task_repr_maxlevels", 3)  # Celery 5.5 has no such option
-    text: str = saferepr(value, maxlen=app.amqp.argsrepr_maxsize, maxlevels=maxlevels)
-    return text
+    return str(saferepr(value, maxlen=app.amqp.argsrepr_maxsize, maxlevels=maxlevels))
 
 
 def _travelled(text: str) -> str:
-    return text.translate(_AS_TRAVELLED).replace(",]", "]")
+    # A tuple is a list then.
+    return text.replace("(", "[").replace(")", "]").replace(",]", "]")
 
 
-def _shown(name: str, value: object, hidden: frozenset[str]) -> object:
-    if hidden and hidden & {"all", name.lower()}:
-        return MASK
-    secret = _is_secret(name)
-    if type(value) in _NUMBERS and not secret:
-        return value  # nothing is inside of it
-    try:
-        return masked(name if secret else "", _without(value, hidden))
-    except Exception:  # noqa: BLE001 - it cannot be looked into
-        return MASK
+# Calls inside of something else
 
 
-def _without(value: object, hidden: frozenset[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            key: MASK if str(key).lower() in hidden else _without(inner, hidden)
-            for key, inner in value.items()
-        }
+def shown_value(app: PyramidCelery, name: str, value: object) -> Any:
+    """Return a value for people: its secrets masked, and the arguments of each call inside of it.
+
+    :param name: the option or field that has the value.
+    :param value: what JSON can hold, and whatever Celery's settings and answers of workers hold.
+    """
+    return masked(name, _with_shown_calls(app, value))
+
+
+def _with_shown_calls(app: PyramidCelery, value: object) -> object:
     if isinstance(value, (list, tuple)):
-        inside = [_without(inner, hidden) for inner in value]
-        return inside if isinstance(value, list) else tuple(inside)
-    return value
+        return [_with_shown_calls(app, inner) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    shown = {
+        key: MASK if str(key).lower() in app.hidden_arguments else _with_shown_calls(app, inner)
+        for key, inner in value.items()
+    }
+    if call := {"args", "kwargs"} & value.keys():
+        task = value.get("task") or value.get("name")
+        arguments = shown_arguments(app, task, value.get("args"), value.get("kwargs"))
+        shown.update({key: arguments[key] for key in call})
+    return shown
 
 
-def _parameters(task: Task | None) -> Sequence[str]:
-    """Return the names of a task's positional parameters, without the request."""
-    header = getattr(task, "__header__", None)
-    if task is None or header is None:
-        return ()
-    names: Sequence[str] | None = vars(task).get("_names_of_arguments")
-    if names is None:  # it is asked for at each call
-        names = task._names_of_arguments = _names(header)
-    return names
+def shown_text(
+    app: PyramidCelery, task: str | None, call: tuple[Any, Any] | None, text: str
+) -> str:
+    """Return a text about a call, such as its traceback, for people.
+
+    The values that are hidden among its arguments are hidden in the text, too.
+    """
+    if call is not None:
+        shown = shown_arguments(app, task, *call)
+        for real, masks in ((call[0], shown["args"]), (call[1], shown["kwargs"])):
+            for value in sorted(_hidden_texts(real, masks), key=len, reverse=True):
+                text = text.replace(value, MASK)
+    return masked_text(text)
 
 
-def _names(header: Callable[..., Any]) -> Sequence[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(header).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+def _hidden_texts(real: object, shown: Any) -> Iterator[str]:
+    """Yield the texts inside of ``real`` for which ``shown`` has a mask."""
+    # A log is written though a value cannot be looked into.
+    with suppress(Exception):
+        yield from _texts_inside(real, shown)
+
+
+def _texts_inside(real: object, shown: Any) -> Iterator[str]:
+    if isinstance(real, Mapping):
+        for key, value in real.items():
+            yield from _hidden_texts(value, shown[key] if isinstance(shown, Mapping) else shown)
+    elif isinstance(real, (list, tuple)):
+        for number, value in enumerate(real):
+            yield from _hidden_texts(value, shown if isinstance(shown, str) else shown[number])
+    elif shown == MASK and isinstance(real, str) and len(real) >= _SHORTEST:
+        yield real
