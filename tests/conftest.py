@@ -38,7 +38,8 @@ from tests.sites import found, site  # noqa: F401 - fixtures
 from webtest import TestApp
 
 from ws_celery import get_celery_app
-from ws_celery.app import INI_VARIABLE, PyramidCelery
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import INI_VARIABLE
 from ws_celery.settings import INI_VARIABLES
 
 #: Tests whose child processes are measured: together they run what only such processes run.

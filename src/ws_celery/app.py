@@ -4,251 +4,65 @@ from __future__ import annotations
 
 import inspect
 import os
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
-from threading import RLock, local
 from typing import TYPE_CHECKING, Any
 
-import plaster
-import transaction
 from celery import Celery
 from celery.app.backends import by_url
 from celery.app.task import Context
-from celery.app.utils import bugreport
+from celery.app.utils import Settings, bugreport
+from celery.backends.base import Backend
+from celery.result import AsyncResult
 from celery.utils.dispatch import Signal
 from celery.utils.text import pretty
+from kombu import Connection, Producer
 from kombu.exceptions import EncodeError
-from paste.deploy.loadwsgi import ConfigLoader
-from plaster_pastedeploy import Loader as PasteDeployLoader
-from pyramid.config import global_registries
 from pyramid.registry import Registry
-from pyramid.threadlocal import manager as threadlocals
+from pyramid.request import Request
 from zope.interface import implementer
 
-from ws_celery.compat import open_transaction, replace_current_app, wrap_errbacks
+from ws_celery.applications import INI_VARIABLE, answer_celery, current_celery_app
+from ws_celery.compat import wrap_errbacks
 from ws_celery.eager import EagerWorker, MemoryBackend
 from ws_celery.events import BeforeDispatch, has_subscriber
-from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotIncluded
+from ws_celery.exceptions import ConfigurationError
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.logs import set_up_logging
 from ws_celery.masking import logger_of, masked_text
 from ws_celery.publishing import Publisher
-from ws_celery.recording import Publication, RecordingProducer, blame_argument, refuse_misread
-from ws_celery.request import HEADER, Propagation, calling_request, description_of, failing
-from ws_celery.results import fit
-from ws_celery.settings import Configuration, ini_variables, our_setting
+from ws_celery.recording import (
+    ROW_HEADER,
+    Publication,
+    RecordingProducer,
+    blame_argument,
+    not_while_recording,
+    refuse_misread,
+)
+from ws_celery.request import (
+    HEADER,
+    Args,
+    Kwargs,
+    Propagation,
+    calling_request,
+    description_of,
+    failing,
+    get_celery_app,
+)
+from ws_celery.results import end_waits
+from ws_celery.settings import Configuration, our_setting
 from ws_celery.shown_arguments import hidden_arguments, masked_reprs, shown_value
 from ws_celery.transactions import Transactions
 
 if TYPE_CHECKING:
+    from ws_celery.declaration import TaskProxy
     from ws_celery.locks import Locks
 
-__all__ = (
-    "INI_VARIABLE",
-    "PyramidCelery",
-    "answer_celery",
-    "app_if_loaded",
-    "current_celery_app",
-    "get_celery_app",
-    "load_registry",
-    "loaded_celery_app",
-)
+__all__ = ("PyramidCelery", "current_celery_app", "get_celery_app")
 
 log = logger_of(__name__)
-
-#: Environment variable that tells a process started anew (``--detach``, spawn) which INI to load.
-INI_VARIABLE = "WS_CELERY_INI"
-
-#: The modules whose functions run while an application is loaded.
-_LOADERS = ("paste.deploy.loadwsgi", "pyramid.config", "pyramid.config.actions")
-
-#: The modules between a proxy and what uses it.
-_OURS = ("ws_celery.app", "ws_celery.declaration", "celery.local")
-
-#: Two threads that need the application of the environment load it once.
-_loading = RLock()
-
-
-def get_celery_app(source: Any) -> PyramidCelery:
-    """Return the Celery app of a Pyramid registry, or of the registry of a request.
-
-    :param source: a registry, or anything that has one as its attribute ``registry``.
-    :raises NotIncluded: if the application does not include ws_celery.
-    """
-    registry = getattr(source, "registry", source)
-    app: PyramidCelery | None = registry.queryUtility(ICeleryApp)
-    if app is None:
-        raise NotIncluded
-    return app
-
-
-def current_celery_app(what: str = "celery_app") -> PyramidCelery:
-    """Return the Celery app of the application that the running code belongs to.
-
-    Tried in this order: the request passed to the call, or Pyramid's current request; the request
-    or task run that this thread's transaction was begun for; Pyramid's current registry; the only
-    application loaded in this process; the INI named by the environment variable
-    ``WS_CELERY_INI``, which is loaded.
-
-    :param what: what needs the app, for the error message.
-    :raises NoCurrentApplication: if none or more than one is loaded.
-    """
-    return _app_at_hand() or loaded_celery_app(what)
-
-
-def app_if_loaded() -> PyramidCelery | None:
-    """Return what :func:`current_celery_app` would, but ``None`` where it would raise or load."""
-    registry: Registry = threadlocals.get()["registry"]
-    registries = [registry] if _includes_us(registry) else _loaded()
-    try:
-        app = _app_at_hand()
-    except NotIncluded:
-        return None
-    return app or (get_celery_app(registries[0]) if len(registries) == 1 else None)
-
-
-def _app_at_hand() -> PyramidCelery | None:
-    request = calling_request()
-    return _app_of_the_transaction() if request is None else get_celery_app(request)
-
-
-def _app_of_the_transaction() -> PyramidCelery | None:
-    # Not get(): it would make a transaction that nobody finishes.
-    txn = open_transaction(transaction.manager.manager)
-    try:
-        app: PyramidCelery | None = None if txn is None else txn.data(ICeleryApp)
-    except KeyError:
-        return None
-    return app
-
-
-def loaded_celery_app(what: str) -> PyramidCelery:
-    """Return the Celery app of the current registry, or of the only application that is loaded.
-
-    It is what is left to :func:`current_celery_app` without a request.
-
-    :param what: what needs the app, for the error message.
-    :raises NoCurrentApplication: if none or more than one is loaded.
-    :raises ConfigurationError: if the application is only being loaded.
-    """
-    current: Registry = threadlocals.get()["registry"]
-    if _includes_us(current):
-        return get_celery_app(current)
-    if place := _place_in_loading():
-        raise ConfigurationError(
-            f"{place}: {what} is used while the application is being loaded, so that it has no "
-            "Celery app yet. Use it in a function that is called later, or in includeme(config) "
-            "as get_celery_app(config.registry)."
-        )
-    loaded = _loaded()
-    if not loaded and (config_uri := os.environ.get(INI_VARIABLE)):
-        with _loading:
-            loaded = _loaded() or [load_registry(config_uri)]
-    if len(loaded) != 1:
-        raise NoCurrentApplication(what, len(loaded))
-    return get_celery_app(loaded[0])
-
-
-def _loaded() -> list[Registry]:
-    return [registry for registry in global_registries if _includes_us(registry)]
-
-
-def _place_in_loading() -> str | None:
-    """Return what asks, if this thread is loading an application, whoever has begun it."""
-    places = [
-        (frame.f_globals.get("__name__", ""), frame) for frame, _ in traceback.walk_stack(None)
-    ]
-    if not any(module in _LOADERS for module, _ in places):
-        return None
-    asks = next(frame for module, frame in places if not module.startswith(_OURS))
-    return f"{asks.f_code.co_filename}:{asks.f_lineno}"
-
-
-def _includes_us(registry: Registry) -> bool:
-    return registry.queryUtility(ICeleryApp) is not None
-
-
-def load_registry(config_uri: str) -> Registry:
-    """Load the Pyramid application of an INI file and return its registry.
-
-    :param config_uri: what plaster takes: a path, with ``#name`` for another application than
-        ``main``.
-    :raises ConfigurationError: if its ``[celery...]`` sections are not what the application reads.
-    """
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
-    variables = ini_variables()
-    if variables and isinstance(loader, PasteDeployLoader):
-        wsgi_app = _with_variables(loader, variables)
-    else:
-        wsgi_app = loader.get_wsgi_app(defaults=variables or None)
-    # Middleware around the application hides its registry.
-    registry = getattr(wsgi_app, "registry", None) or global_registries.last
-    app = registry.queryUtility(ICeleryApp)
-    if app is not None and app.configuration is not None:
-        app.configuration.refuse_unread(config_uri)
-    return registry
-
-
-def _with_variables(loader: PasteDeployLoader, variables: Mapping[str, str]) -> Any:
-    # As plaster does it, but that [DEFAULT] does not beat what the command line says.
-    config = ConfigLoader(loader.uri.path)
-    config.update_defaults({key: value.replace("%", "%%") for key, value in variables.items()})
-    global_conf = {**loader.uri.options, **variables}
-    return config.get_app(loader.uri.fragment or "main", global_conf)
-
-
-def answer_celery() -> None:
-    """Let Celery ask Pyramid which app is current, for ``shared_task``, ``signature("name")``.
-
-    From now on, in this process, Celery's current app is that of the current request, be it of the
-    web, a bootstrap, a shell or a run; without one it is what Celery was told by ``set_current()``,
-    else the only application that is loaded, else Celery's default. Nothing is loaded.
-    """
-    replace_current_app(lambda told: told if isinstance(told, _CurrentApp) else _CurrentApp(told))
-
-
-class _CurrentApp:
-    """Stands in the place of Celery's thread-local that keeps the current app.
-
-    :param told: that thread-local.
-    """
-
-    def __init__(self, told: local) -> None:
-        self._told = told
-
-    @property
-    def current_app(self) -> Celery | None:
-        request = calling_request()
-        if request is not None:
-            return _app_of(getattr(request, "registry", None)) or self._told.current_app
-        found = _app_of_the_transaction() or _app_of(_configured_registry())
-        return found or self._told.current_app or _only_app()
-
-    @current_app.setter
-    def current_app(self, app: Celery | None) -> None:
-        self._told.current_app = app
-
-
-def _app_of(registry: Registry | None) -> PyramidCelery | None:
-    found: PyramidCelery | None = None
-    if registry is not None:
-        found = registry.queryUtility(ICeleryApp)
-    return found
-
-
-def _configured_registry() -> Registry | None:
-    # While one is being configured, venusian looks at each shared task: its app would be finalized.
-    registry = threadlocals.get()["registry"]
-    return registry if registry in global_registries else None
-
-
-def _only_app() -> PyramidCelery | None:
-    apps = [app for registry in global_registries if (app := _app_of(registry))]
-    return apps[0] if len(apps) == 1 else None
-
 
 #: What the positional arguments of ``send_task`` after name, args and kwargs are called.
 _POSITIONAL = tuple(inspect.signature(Celery.send_task).parameters)[4:]
@@ -284,13 +98,15 @@ class PyramidCelery(Celery):
     locks: Locks
     #: The attribute of requests that is their SQLAlchemy session.
     session_attribute: str
-    #: Runs what would be sent, with ``task_always_eager``. Celery is not told; see eager.py.
+    #: Names of arguments that nobody is to see, in lower case; or ``all``.
+    hidden_arguments: frozenset[str] = frozenset()
+    #: Runs what would be sent, with ``task_always_eager``. Celery does not know; see eager.py.
     eager: EagerWorker | None = None
 
     def __init__(self, registry: Registry, **options: Any) -> None:
         self.registry = registry
         self._call_options: Mapping[str, Any] = {}
-        self.transactions = Transactions()
+        self.transactions = Transactions(self)
         #: Keeps dispatches until they have taken effect, if the application has switched it on.
         self.outbox: Any = None
         #: The schedule in the database, if the application has switched it on.
@@ -302,7 +118,7 @@ class PyramidCelery(Celery):
         #: What beat writes for a probe, if it is to.
         self.beat_health_file: Path | None = None
         #: What ``@task`` has declared and the application has registered, by name.
-        self.declared: dict[str, Any] = {}
+        self.declared: dict[str, TaskProxy] = {}
         super().__init__(
             registry.package_name,
             set_as_current=False,
@@ -330,7 +146,7 @@ class PyramidCelery(Celery):
         of_pyramid = self.registry.settings
         self.session_attribute = our_setting(of_pyramid, "ws_celery.dbsession", "dbsession")
         self.hidden_arguments = hidden_arguments(of_pyramid)
-        self.publisher = Publisher(self, self.registry)
+        self.publisher = Publisher(self)
         self.propagation = Propagation(self.registry)
         settings = {"beat_scheduler": "ws_celery.beat:Scheduler", **settings}
         # Celery's default would be one for all applications of a process.
@@ -345,7 +161,7 @@ class PyramidCelery(Celery):
         self.on_after_configure.release()
         self.on_after_finalize.release()
 
-    def connection_for_write(self, *args: Any, **options: Any) -> Any:
+    def connection_for_write(self, *args: Any, **options: Any) -> Connection:
         """Return a connection for publishing, as in Celery; Redis is not waited for without end.
 
         redis-py would wait for ever for a server that has stopped answering, and with it every
@@ -364,7 +180,9 @@ class PyramidCelery(Celery):
         self.locks.close()
         super().close()
 
-    def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
+    def producer_or_acquire(
+        self, producer: Producer | RecordingProducer | None = None
+    ) -> AbstractContextManager[Producer | RecordingProducer]:
         """Hand out the producer of a message: a recording one while a transaction is open.
 
         Every way of sending asks here. An explicit ``producer`` means "now"; beat passes one.
@@ -373,26 +191,24 @@ class PyramidCelery(Celery):
             return nullcontext(recorder)
         if self.eager is not None and not isinstance(producer, RecordingProducer):
             return self.eager.producer()
-        context: AbstractContextManager[Any] = super().producer_or_acquire(producer)
-        return context
+        return super().producer_or_acquire(producer)
 
     def recorder(self) -> RecordingProducer | None:
         """Return what records for the transaction that a dispatch made now belongs to, if any."""
-        return self.transactions.recorder(self, calling_request())
+        return self.transactions.recorder(calling_request())
 
     def publish(self, publications: Sequence[Publication]) -> None:
         """Hand what a committed transaction has recorded to the broker; see ``Publisher``."""
         if self.eager is not None:
             self.eager.run(publications)
             return
-        if self.outbox is not None:
-            publications = self.outbox.ready(publications)
-        if publications:
+        # What has a far eta waits in the outbox.
+        if publications := [each for each in publications if not each.waits]:
             self.publisher.publish(publications)
 
     def send_task(
-        self, name: str, args: Any = None, kwargs: Any = None, *starargs: Any, **options: Any
-    ) -> Any:
+        self, name: str, args: Args = None, kwargs: Kwargs = None, *starargs: Any, **options: Any
+    ) -> AsyncResult:
         """Send a task by name, as in Celery; adds the header that describes the calling request.
 
         Options of the task's route that the call does not give are added, too. Subscribers to
@@ -402,23 +218,21 @@ class PyramidCelery(Celery):
         :raises OptionNotSendable: at once, if a header or a callback would be read otherwise.
         :raises TypeError: at once, if the key of ``@one_instance`` cannot be made of the arguments.
         """
-        if routed := self._routed(name):
-            given = {
-                *_POSITIONAL[: len(starargs)],
-                *(key for key in options if options[key] is not None),
-            }
-            if "eta" in given:
-                given.add("countdown")
-            options.update((key, value) for key, value in routed.items() if key not in given)
-        headers = dict(options.pop("headers", None) or {})
-        if HEADER not in headers and (description := self._describe_caller()):
-            headers[HEADER] = description
-        options = {**dict(zip(_POSITIONAL, starargs, strict=False)), **options, "headers": headers}
-        self.before_dispatch(name, args, kwargs, options)
+        positional = dict(zip(_POSITIONAL, starargs, strict=False))
+        options = {**positional, **options, **self._missing(name, {*positional}, options)}
+        options["headers"] = dict(options.get("headers") or {})
+        request = self._describe_caller(options["headers"])
+        if has_subscriber(self.registry, BeforeDispatch):
+            call = name, tuple(args or ()), dict(kwargs or {}), options
+            self.registry.notify(BeforeDispatch(self, request, *call))
         serializer = options.get("serializer") or self.conf.task_serializer
         refuse_misread(name, args, kwargs, serializer, options)
         self.locks.check_key(self.tasks.get(name), args, kwargs)
-        self._describe_arguments(name, args, kwargs, options)
+        # Without their secrets: Celery shows these words in logs and events.
+        argsrepr, kwargsrepr = masked_reprs(self, name, args, kwargs)
+        for key, text in (("argsrepr", argsrepr), ("kwargsrepr", kwargsrepr)):
+            if text is not None and options.get(key) is None:
+                options[key] = text
         try:
             with self._keeping_retries(options):
                 return super().send_task(name, args, kwargs, **options)
@@ -426,34 +240,28 @@ class PyramidCelery(Celery):
             blame_argument(error, name, args, kwargs, serializer)
             raise
 
-    def _describe_arguments(
-        self, name: str, args: Any, kwargs: Any, options: dict[str, Any]
-    ) -> None:
-        """Tell the arguments without their secrets: Celery shows these words in logs and events."""
-        words = masked_reprs(self, name, args, kwargs)
-        for key, text in zip(("argsrepr", "kwargsrepr"), words, strict=True):
-            if text is not None and options.get(key) is None:
-                options[key] = text
+    def _describe_caller(self, headers: dict[str, Any]) -> Request | None:
+        """Add the header that describes the calling request, and return that, if there is one."""
+        request = calling_request()
+        if HEADER not in headers:
+            description: dict[str, Any] | None = None
+            if request is not None:
+                description = self.propagation.describe(request)
+            elif parent := self.current_worker_task:
+                # A callback or the next task of a chain: its parent's run is over.
+                description = description_of(parent.request)
+            if description:
+                headers[HEADER] = description
+        return request
 
-    def _keeping_retries(self, options: dict[str, Any]) -> AbstractContextManager[None]:
-        if self.outbox is None:
-            return nullcontext()
-        keeping: AbstractContextManager[None] = self.outbox.keeping_retries(
-            options["headers"], options.get("task_id")
-        )
-        return keeping
-
-    def before_dispatch(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
-        """Let subscribers look at a call before its message is built, and change ``options``.
-
-        :raises Exception: what a subscriber raises, to stop the call.
-        """
-        if has_subscriber(self.registry, BeforeDispatch):
-            options["headers"] = dict(options.get("headers") or {})
-            event = BeforeDispatch(
-                self, calling_request(), name, tuple(args or ()), dict(kwargs or {}), options
-            )
-            self.registry.notify(event)
+    def _missing(self, name: str, given: set[str], options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the options of the task's route that a call does not give."""
+        if not self._call_options or not (routed := self._routed(name)):
+            return {}
+        given.update(key for key, value in options.items() if value is not None)
+        if "eta" in given:
+            given.add("countdown")
+        return {key: value for key, value in routed.items() if key not in given}
 
     def _routed(self, name: str) -> Mapping[str, Any]:
         if name in self._call_options:
@@ -461,28 +269,23 @@ class PyramidCelery(Celery):
         globs = (glob for glob in self._call_options if "*" in glob and fnmatchcase(name, glob))
         return self._call_options.get(next(globs, ""), {})
 
-    def _describe_caller(self) -> dict[str, Any] | None:
-        request = calling_request()
-        if request is not None:
-            return self.propagation.describe(request)
-        # A callback or the next task of a chain: its parent's run is over, its message is at hand.
-        parent = self.current_worker_task
-        return description_of(parent.request) if parent else None
+    def _keeping_retries(self, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+        if self.outbox is None or ROW_HEADER not in options["headers"]:
+            return nullcontext()
+        return self.outbox.keeping_retries(options["headers"], options.get("task_id"))
 
-    def backend_class(self) -> tuple[Any, str | None]:
+    def backend_class(self) -> tuple[type[Backend], str | None]:
         """Return the class of the result backend, and its URL: one that is made may connect."""
         if self.eager is not None:
             return MemoryBackend, None
-        found: tuple[Any, str | None] = by_url(
-            self.backend_cls or self.conf.result_backend, self.loader
-        )
-        return found
+        return by_url(self.backend_cls or self.conf.result_backend, self.loader)
 
-    def _get_backend(self) -> Any:
+    def _get_backend(self) -> Backend:
         backend = super()._get_backend() if self.eager is None else MemoryBackend(self)
-        fit(self, backend)
+        not_while_recording(backend)
+        end_waits(self, backend)
         # Celery has no other place from which it calls a task like a function.
-        wrap_errbacks(backend, _telling_tasks)
+        wrap_errbacks(backend, _naming_failed_run)
         return backend
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -490,12 +293,11 @@ class PyramidCelery(Celery):
 
     def bugreport(self) -> str:
         """Return what ``ws-celery report`` prints, without secrets."""
-        report: str = bugreport(_Reported(self))
-        return masked_text(report)
+        return masked_text(bugreport(_Reported(self)))
 
 
 class _Reported:
-    """What Celery's report asks an app for; its settings tell no secrets."""
+    """What Celery's report asks an app for; its settings have no secrets."""
 
     def __init__(self, app: PyramidCelery) -> None:
         self._app, self.conf, self.loader = app, self, app.loader
@@ -517,25 +319,25 @@ class _SignalOfApplication(Signal):
     """
 
     _released = False
-    _held: tuple[Any, dict[str, Any]] | None = None
+    _waiting: tuple[object, dict[str, Any]] | None = None
 
     def connect(self, *args: Any, **options: Any) -> Any:
         """Connect a handler, as in Celery; one that ``includeme()`` has defined lives on."""
         return super().connect(*args, **{"weak": False, **options})
 
-    def send(self, sender: Any, **named: Any) -> Any:
+    def send(self, sender: object, **named: Any) -> Any:
         """Call the handlers, or do so at the release."""
         if self._released:
             return super().send(sender, **named)
-        self._held = sender, named
+        self._waiting = sender, named
         return []
 
     def release(self) -> None:
         """Call the handlers, if Celery has sent the signal."""
         self._released = True
-        if self._held is not None:
-            sender, named = self._held
-            self._held = None
+        if self._waiting is not None:
+            sender, named = self._waiting
+            self._waiting = None
             self.send(sender, **named)
 
 
@@ -546,7 +348,7 @@ def _in_spawned_child() -> PyramidCelery:
     return current_celery_app("the worker")
 
 
-def _telling_tasks(call: Callable[..., None]) -> Callable[..., None]:
+def _naming_failed_run(call: Callable[..., None]) -> Callable[..., None]:
     """Let callbacks for errors know that they are called as such, and end nothing by their own."""
 
     def call_errbacks(request: Context, exc: BaseException, traceback: str | None) -> None:
@@ -554,7 +356,7 @@ def _telling_tasks(call: Callable[..., None]) -> Callable[..., None]:
             with failing(request):
                 call(request, exc, traceback)
         except Exception:
-            # It would take the place of the task's error, and nobody would be told of that.
+            # It would take the place of the task's error, and nobody would learn of that.
             log.exception(
                 "The callbacks for the error of %s[%s] have failed", request.task, request.id
             )
@@ -562,7 +364,7 @@ def _telling_tasks(call: Callable[..., None]) -> Callable[..., None]:
     return call_errbacks
 
 
-def _prepare_lookups(source: Any, **_: Any) -> None:
+def _prepare_lookups(source: Settings, **_: Any) -> None:
     # Celery looks for a default in three mappings under three names: a tenth of a dispatch. What
     # was changed is found at once.
     source.update({name: source[name] for name in _ASKED_OFTEN if name in source})

@@ -11,20 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from celery import signals
 from celery.app.routes import MapRoute
-from celery.result import GroupResult
+from celery.result import AsyncResult, GroupResult
 from celery.utils.saferepr import saferepr
+from kombu import Producer
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 from kombu.utils.uuid import uuid
+from pyramid.request import Request
 
 from ws_celery.compat import GROUP_PROMISE, library_errors, make_group_promise
 from ws_celery.events import BeforeDispatch, has_subscriber
 from ws_celery.locks import rule_of
-from ws_celery.publishing import batch
+from ws_celery.publishing import batch, publish
 from ws_celery.recording import (
     Publication,
     RecordingProducer,
@@ -34,6 +36,10 @@ from ws_celery.recording import (
 )
 from ws_celery.request import calling, split_request
 from ws_celery.shown_arguments import masked_reprs
+
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+    from ws_celery.tasks import RequestAwareTask
 
 __all__ = (
     "SLICE",
@@ -50,7 +56,9 @@ __all__ = (
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def dispatch_call(task: Any, number: int, call: Call, options: dict[str, Any]) -> Any:
+def dispatch_call(
+    task: RequestAwareTask, number: int, call: Call, options: dict[str, Any]
+) -> AsyncResult:
     """Let one call go Celery's whole way.
 
     :param number: of the call among all, counted from 0.
@@ -63,7 +71,9 @@ def dispatch_call(task: Any, number: int, call: Call, options: dict[str, Any]) -
         raise
 
 
-def _blame(task: Any, number: int, call: Call, error: EncodeError, serializer: str | None) -> None:
+def _blame(
+    task: RequestAwareTask, number: int, call: Call, error: EncodeError, serializer: str | None
+) -> None:
     serializer = serializer or task.serializer
     blame_argument(error, f"{task.name}, call {number}", *call, serializer)
 
@@ -76,8 +86,8 @@ class Example(RecordingProducer):
     :param options: options of all calls.
     """
 
-    def __init__(self, task: Any, call: Call, options: dict[str, Any]) -> None:
-        kept: list[Any] = []
+    def __init__(self, task: RequestAwareTask, call: Call, options: dict[str, Any]) -> None:
+        kept: list[Publication] = []
         super().__init__(task.app.producer_pool.connections.connection, kept)
         self._task = task
         #: The result of the first call.
@@ -133,12 +143,14 @@ class BulkPublication(Publication):
         self, example: Example, payload: str | bytes, own: tuple[str, int, str, str]
     ) -> None:
         super().__init__(payload, example.options)
+        self.task_id = own[0]
         self._example = example
         self._own = own
+        del self.options  # from now on they are made when they are asked for, see __getattr__()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the publish."""
+    def __getattr__(self, name: str) -> dict[str, Any]:
+        if name != "options":
+            raise AttributeError(name)
         task_id, number, argsrepr, kwargsrepr = self._own
         headers = {
             **self._example.headers,
@@ -149,20 +161,10 @@ class BulkPublication(Publication):
         }
         if self._example.root_is_own:
             headers["root_id"] = task_id
-        options = {**self._options, "headers": headers}
+        options = {**self._example.options, "headers": headers}
         if self._example.correlation_is_own:
             options["correlation_id"] = task_id
         return options
-
-    @property
-    def task_id(self) -> str:
-        """Id of the task."""
-        return self._own[0]
-
-    @property
-    def task_name(self) -> str:
-        """Name of the task."""
-        return str(self._example.headers["task"])
 
 
 class BulkResult(GroupResult):
@@ -173,7 +175,13 @@ class BulkResult(GroupResult):
     :param make: makes the result of an id.
     """
 
-    def __init__(self, id: str, ids: list[str], app: Any, make: Callable[[str], Any]) -> None:  # noqa: A002 - the name is Celery's
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the name is Celery's
+        ids: list[str],
+        app: PyramidCelery,
+        make: Callable[[str], AsyncResult],
+    ) -> None:
         self.id = id
         self.parent = None
         self.ids = ids
@@ -181,7 +189,7 @@ class BulkResult(GroupResult):
         self._make = make
 
     @cached_property
-    def results(self) -> list[Any]:
+    def results(self) -> list[AsyncResult]:
         """The results of the tasks."""
         return [self._make(task_id) for task_id in self.ids]
 
@@ -209,7 +217,7 @@ SLICE = 1000
 
 
 def apply_async_many(
-    task: Any, calls: Iterable[tuple[Any, Any]], options: dict[str, Any]
+    task: RequestAwareTask, calls: Iterable[tuple[Any, Any]], options: dict[str, Any]
 ) -> GroupResult:
     """Dispatch a task once for each of ``calls``; see :meth:`RequestAwareTask.apply_async_many`."""
     if "task_id" in options:
@@ -227,7 +235,9 @@ def apply_async_many(
     return result
 
 
-def _prepared(task: Any, calls: Iterator[tuple[Any, Any]]) -> tuple[Any, Iterator[Call]]:
+def _prepared(
+    task: RequestAwareTask, calls: Iterator[tuple[Any, Any]]
+) -> tuple[Request | None, Iterator[Call]]:
     """Return the request of the first call, and the arguments of all without it, as checked."""
     first = list(islice(calls, 1))
     request = split_request(*split_call(task.name, 0, first[0]))[0] if first else None
@@ -247,7 +257,7 @@ def _prepared(task: Any, calls: Iterator[tuple[Any, Any]]) -> tuple[Any, Iterato
     return request, (prepare(number, call) for number, call in enumerate(chain(first, calls)))
 
 
-def split_call(name: str, number: int, call: Any) -> tuple[Any, Any]:
+def split_call(name: str, number: int, call: Iterable[Any]) -> tuple[Any, Any]:
     """Return positional and keyword arguments of one of the calls.
 
     :raises TypeError: if it is no such pair.
@@ -264,10 +274,10 @@ def split_call(name: str, number: int, call: Any) -> tuple[Any, Any]:
     )
 
 
-def _differ(task: Any, options: Mapping[str, Any]) -> bool:
+def _differ(task: RequestAwareTask, options: Mapping[str, Any]) -> bool:
     """Tell whether a call may make a difference to its message that is not known here.
 
-    Whoever listens to a publish is told of each, a router may look at the arguments, and a method
+    Whoever listens to a publish sees each, a router may look at the arguments, and a method
     that was replaced at what it likes.
     """
     app, kind = task.app, type(task)
@@ -288,7 +298,7 @@ def _differ(task: Any, options: Mapping[str, Any]) -> bool:
 _SIGNALS = (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
 
 
-def _each(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
+def _each(task: RequestAwareTask, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
     """Let each call go Celery's whole way."""
     results = [
         dispatch_call(task, number, call, {**options, "group_index": number})
@@ -299,7 +309,7 @@ def _each(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupRes
     return BulkResult(options["group_id"], ids, task.app, by_id.__getitem__)
 
 
-def _alike(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
+def _alike(task: RequestAwareTask, calls: Iterator[Call], options: dict[str, Any]) -> GroupResult:
     """Let the first call go Celery's whole way, and write the others by its example."""
     app, ids = task.app, []
     producer = options.pop("producer", None)
@@ -323,7 +333,7 @@ def _alike(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupRe
     _send(app, producer, waiting)
     ignored = example.result.ignored
 
-    def result(task_id: str) -> Any:
+    def result(task_id: str) -> AsyncResult:
         made = task.AsyncResult(task_id)
         made.ignored = ignored
         return made
@@ -331,7 +341,7 @@ def _alike(task: Any, calls: Iterator[Call], options: dict[str, Any]) -> GroupRe
     return BulkResult(options["group_id"], ids, app, result)
 
 
-def _send(app: Any, producer: Any, publications: list[Publication]) -> None:
+def _send(app: PyramidCelery, producer: Producer | None, publications: list[Publication]) -> None:
     """Send what belongs to no transaction, and empty the list."""
     if not publications:
         return
@@ -344,9 +354,9 @@ def _send(app: Any, producer: Any, publications: list[Publication]) -> None:
     publications.clear()
 
 
-def _publish(producer: Any, publications: list[Publication]) -> None:
+def _publish(producer: Producer, publications: list[Publication]) -> None:
     first, *others = publications
     with library_errors(producer.connection), batch(producer, publications):
-        first.publish(producer)
+        publish(producer, first)
         for publication in others:
-            publication.publish(producer, declare=None)
+            publish(producer, publication, declare=None)

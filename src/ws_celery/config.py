@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeAlias
 
 import plaster
 import transaction
@@ -22,9 +22,10 @@ from pyramid.config import (
 )
 from pyramid.events import NewRequest
 from pyramid.exceptions import ConfigurationExecutionError
-from pyramid.registry import Deferred
+from pyramid.registry import Deferred, Registry
+from pyramid.request import Request
+from pyramid.response import Response
 from pyramid.tweens import EXCVIEW
-from transaction.interfaces import NoTransaction
 from zope.interface import implementer
 
 from ws_celery.app import PyramidCelery, get_celery_app
@@ -45,7 +46,7 @@ from ws_celery.request import Propagator
 from ws_celery.settings import Configuration, Setting, our_setting, read_configuration
 from ws_celery.settings.options import OUR_SETTINGS
 from ws_celery.transactional import retry_attempts
-from ws_celery.transactions import raising_interruptions, remember_transaction
+from ws_celery.transactions import raising_interruptions
 
 __all__ = (
     "GROUP",
@@ -56,6 +57,9 @@ __all__ = (
     "read_file",
     "wanted_plugins",
 )
+
+#: A tween, or what is inside of it.
+Tween: TypeAlias = Callable[[Request], Response]
 
 GROUP = "ws_celery.tasks"
 SETTING = "ws_celery.plugins"
@@ -136,7 +140,7 @@ def _not_installed(name: str, by_name: Mapping[str, str]) -> Fault:
     return Fault(problem, expected=expected, nearest=nearest(name, by_name.values()))
 
 
-def includeme(config: Any) -> None:
+def includeme(config: Configurator) -> None:
     """Give the application its own Celery app, configured by the ``[celery...]`` INI sections.
 
     Adds the directives ``add_celery_task``, ``add_periodic_task``, ``add_task_deriver``,
@@ -155,10 +159,10 @@ def includeme(config: Any) -> None:
     # Around pyramid_tm, whose commit runs eager tasks.
     over = ("pyramid_tm.tm_tween_factory", EXCVIEW)
     config.add_tween("ws_celery.config.eager_tween_factory", over=over)
-    config.add_subscriber(_watch_transactions, NewRequest)
     app = PyramidCelery(config.registry)
     app.locks = Locks(app)
     config.registry.registerUtility(app, ICeleryApp)
+    config.add_subscriber(app.transactions.watch_request, NewRequest)
     # Configured before PHASE3, where tasks are registered; after it what `imports` and plugins
     # name, and last the handlers that look for tasks.
     _add_action(config, _configure_celery_app, order=PHASE2_CONFIG)
@@ -167,7 +171,7 @@ def includeme(config: Any) -> None:
     _add_action(config, _complete, order=PHASE3_CONFIG + 2)
 
 
-def _add_action(config: Any, function: Callable[[Any], None], order: int) -> None:
+def _add_action(config: Configurator, function: Callable[[Any], None], order: int) -> None:
     """Let a function be called when the configuration is committed; what it raises is not wrapped.
 
     Pyramid wraps what an action raises, so that nobody could ask for ``except ConfigurationError``,
@@ -181,7 +185,7 @@ def _add_action(config: Any, function: Callable[[Any], None], order: int) -> Non
     config.action(Deferred(discriminator), order=order)
 
 
-def make_celery_app(config: Any) -> PyramidCelery:
+def make_celery_app(config: Configurator) -> PyramidCelery:
     """Commit the configuration and return the application's Celery app, without a WSGI app.
 
     :raises ConfigurationError: whatever is wrong with the settings, or with a task.
@@ -197,7 +201,7 @@ def make_celery_app(config: Any) -> PyramidCelery:
     return get_celery_app(config.registry)
 
 
-def eager_tween_factory(handler: Any, registry: Any) -> Any:
+def eager_tween_factory(handler: Tween, registry: Registry) -> Tween:
     """Make a tween that lets the error of an eager task end the request which dispatched it.
 
     Without ``task_always_eager`` and ``task_eager_propagates`` there is no tween.
@@ -206,7 +210,7 @@ def eager_tween_factory(handler: Any, registry: Any) -> Any:
     if app.eager is None or not app.conf.task_eager_propagates:
         return handler
 
-    def eager_tween(request: Any) -> Any:
+    def eager_tween(request: Request) -> Response:
         with raising_interruptions() as errors:
             try:
                 return handler(request)
@@ -217,27 +221,13 @@ def eager_tween_factory(handler: Any, registry: Any) -> Any:
     return eager_tween
 
 
-def _end_attempts(request: Any) -> None:
+def _end_attempts(request: Request) -> None:
     # The request has committed: pyramid_retry must not do its work again for the error of a task.
     environ = request.environ
     environ["retry.attempts"] = environ.get("retry.attempt", 0) + 1
 
 
-def _watch_transactions(event: NewRequest) -> None:
-    # The thread's manager outlives the request: tell what was begun for it from what is left over.
-    environ = event.request.environ
-    begun = environ.get("tm.manager") is transaction.manager or "repoze.tm.active" in environ
-    app = get_celery_app(event.request)
-    app.transactions.watch(transaction.manager, begun=begun)
-    if manager := environ.get("tm.manager"):
-        if environ.get("tm.active"):
-            app.transactions.manage(manager, event.request)
-        with suppress(NoTransaction):
-            manager.get().set_data(ICeleryApp, app)  # see current_celery_app()
-            remember_transaction(event.request, manager)
-
-
-def configure_celery(config: Any, config_uri: str | None = None, **overrides: Any) -> None:
+def configure_celery(config: Configurator, config_uri: str | None = None, **overrides: Any) -> None:
     """Say where Celery's settings are, and set some of them in code: a directive.
 
     :param config_uri: the file with the ``[celery...]`` sections, as plaster takes it; the setting
@@ -261,7 +251,7 @@ def configure_celery(config: Any, config_uri: str | None = None, **overrides: An
 
 
 def add_request_propagator(
-    config: Any,
+    config: Configurator,
     name: str,
     capture: Callable[[Any], Any] | str,
     restore: Callable[[Any, Any], None] | str,
@@ -298,7 +288,7 @@ class _Source:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _configure_celery_app(config: Any) -> None:
+def _configure_celery_app(config: Configurator) -> None:
     retry_attempts(config.registry.settings)  # a wrong one ends the start, not the first run
     configuration = _read(config.registry)
     configuration.report()
@@ -310,7 +300,7 @@ def _configure_celery_app(config: Any) -> None:
             _introspect(config, row)
 
 
-def _complete(config: Any) -> None:
+def _complete(config: Configurator) -> None:
     get_celery_app(config.registry).complete()
 
 
@@ -318,7 +308,7 @@ def _complete(config: Any) -> None:
 _PARTS = {"ws_celery.outbox": "outbox", "ws_celery.beat": "schedule"}
 
 
-def _include_parts(config: Any) -> None:
+def _include_parts(config: Configurator) -> None:
     """Include the parts that settings ask for and the application has not included."""
     app = get_celery_app(config.registry)
     # At once: an action that is added while others are executed makes Pyramid stumble.
@@ -329,7 +319,7 @@ def _include_parts(config: Any) -> None:
             at_once.include(part)
 
 
-def _scan_imports(config: Any) -> None:
+def _scan_imports(config: Configurator) -> None:
     app = get_celery_app(config.registry)
     for module in (*app.conf.imports, *app.conf.include):
         try:
@@ -342,12 +332,12 @@ def _scan_imports(config: Any) -> None:
                 _scan(config, module, plugin.distribution)
 
 
-def _scan(config: Any, module: str, plugin: str | None = None) -> None:
+def _scan(config: Configurator, module: str, plugin: str | None = None) -> None:
     add = partial(add_imported_task, config, plugin=plugin)
     config.scan(module, categories=(CATEGORY,), add_celery_task=add)
 
 
-def _read(registry: Any) -> Configuration:
+def _read(registry: Registry) -> Configuration:
     source = registry.queryUtility(ICelerySource, default=_Source())
     setting = registry.settings.get("ws_celery.config_uri")
     config_uri = source.config_uri or setting
@@ -375,7 +365,7 @@ def _same_file(one: str, other: str) -> bool:
     return os.path.realpath(first.path) == os.path.realpath(second.path)
 
 
-def _introspect(config: Any, row: Setting) -> None:
+def _introspect(config: Configurator, row: Setting) -> None:
     category, title = _CATEGORIES[row.category]
     introspectable = config.introspectable(category, row.name, row.name, title)
     # The name of a task or an entry says nothing of its values.

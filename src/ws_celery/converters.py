@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ("Refused", "json_value", "moment", "nearest", "period", "untyped", "utc")
+__all__ = ("Refused", "aware", "json_value", "moment", "nearest", "period", "untyped", "utc")
 
 #: Longer than any name, and short enough to be compared with all of them.
 _LONGEST_NAME = 80
@@ -127,3 +127,8 @@ def utc(time: datetime) -> datetime:
         return time.astimezone(timezone.utc)
     except OverflowError:
         raise Refused("is not within the years 1 to 9999 in UTC") from None
+
+
+def aware(time: datetime) -> datetime:
+    """Return a time with a zone: one without is in UTC, as for Celery's workers."""
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)

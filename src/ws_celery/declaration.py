@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import update_wrapper
 from itertools import chain, islice
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import venusian
 from celery import Task
 from celery.local import Proxy
-from celery.result import GroupResult
+from celery.result import AsyncResult, GroupResult
+from celery.schedules import BaseSchedule
+from pyramid.config import Configurator
 from pyramid.config.actions import action_method
+from pyramid.registry import Introspectable
+from venusian import Scanner
 
-from ws_celery.app import PyramidCelery, app_if_loaded, current_celery_app, get_celery_app
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import (
+    app_if_loaded,
+    app_without_request,
+    current_celery_app,
+)
 from ws_celery.beat.sources import declare
 from ws_celery.bulk import split_call
 from ws_celery.derivers import check_options, derive, task_derivers
 from ws_celery.exceptions import ConfigurationError, Fault, TaskNotRegistered
 from ws_celery.locks import apply_option, check_rule
 from ws_celery.masking import logger_of, masked, without_arguments
-from ws_celery.request import calling, split_request
+from ws_celery.request import Args, Kwargs, calling_request, get_celery_app, split_request
 from ws_celery.signatures import without_request
 from ws_celery.tasks import problem_of_request
 from ws_celery.transactional import TransactionalTask
@@ -39,6 +49,12 @@ __all__ = (
 
 log = logger_of(__name__)
 
+#: What people may write as a schedule.
+Schedule: TypeAlias = BaseSchedule | timedelta | float | str | Mapping[str, Any]
+
+#: A handler of a signal of Celery's.
+Handler: TypeAlias = Callable[..., Any]
+
 #: Venusian category that ``imports`` scans for: tasks, not views.
 CATEGORY = "ws_celery"
 
@@ -48,7 +64,7 @@ class TaskProxy:
 
     Nothing is registered until an application scans the module. Each use looks the task up: in the
     application of the request that is passed, else in the current one (see
-    :func:`ws_celery.app.current_celery_app`).
+    :func:`ws_celery.applications.current_celery_app`).
 
     :param target: the function, or a task class with a ``run(self, request, ...)``.
     :param options: options of the task, as :meth:`celery.Celery.task` takes them, and
@@ -59,22 +75,17 @@ class TaskProxy:
         update_wrapper(self, target, updated=())
         self._options = dict(options)
         self._target = apply_option(target, self._options.pop("one_instance", None))
+        #: Module and name of what is declared, for messages.
+        self.target = f"{self._target.__module__}.{self._target.__name__}"
+        #: Name of the task: the option ``name``, else module and name of the function.
+        self.name: str = (
+            self._options.get("name") or getattr(self._target, "name", None) or self.target
+        )
         #: File, line, function and source of the decorator, as Pyramid reports conflicts.
         self.place: tuple[str, int, str, str] | None = None
         if not inspect.isclass(target) and getattr(self.base, "takes_request", False):
             bound = bool(self._options.get("bind"))
             self.__wrapped__ = without_request(target, int(bound), bound=bound)
-
-    @property
-    def name(self) -> str:
-        """Name of the task: the option ``name``, else module and name of the function."""
-        name = self._options.get("name") or getattr(self._target, "name", None)
-        return name or self.target
-
-    @property
-    def target(self) -> str:
-        """Module and name of what is declared, for messages."""
-        return f"{self._target.__module__}.{self._target.__name__}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -122,11 +133,11 @@ class TaskProxy:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._of(args, kwargs)(*args, **kwargs)
 
-    def delay(self, *args: Any, **kwargs: Any) -> Any:
+    def delay(self, *args: Any, **kwargs: Any) -> AsyncResult:
         """Dispatch with these arguments; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).delay(*args, **kwargs)
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def apply_async(self, args: Args = None, kwargs: Kwargs = None, **options: Any) -> AsyncResult:
         """Dispatch with options; see :meth:`RequestAwareTask.apply_async`."""
         return self._of(args, kwargs).apply_async(args, kwargs, **options)
 
@@ -141,18 +152,24 @@ class TaskProxy:
         task = self._of(*split_call(self.name, 0, first[0])) if first else self._of((), {})
         return task.apply_async_many(chain(first, remaining), **options)
 
-    def delay_on_commit(self, *args: Any, **kwargs: Any) -> Any:
+    def delay_on_commit(self, *args: Any, **kwargs: Any) -> AsyncResult:
         """Do what :meth:`delay` does; see :meth:`RequestAwareTask.delay_on_commit`."""
         return self.delay(*args, **kwargs)
 
-    def apply_async_on_commit(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def apply_async_on_commit(
+        self, args: Args = None, kwargs: Kwargs = None, **options: Any
+    ) -> AsyncResult:
         """Do what :meth:`apply_async` does."""
         return self.apply_async(args, kwargs, **options)
 
-    def _of(self, args: Any, kwargs: Any) -> Task:
+    def _of(self, args: Args, kwargs: Kwargs) -> Task:
         request, _, _ = split_request(args, kwargs)
-        with calling(request):
-            app = current_celery_app(f"the task {self.name!r}")
+        if request is None:
+            request = calling_request()
+        if request is None:
+            app = app_without_request(f"the task {self.name!r}")
+        else:
+            app = get_celery_app(request)
         try:
             return app.tasks[self.name]
         except KeyError:
@@ -205,7 +222,7 @@ def _declare(target: Callable[..., Any], options: dict[str, Any]) -> TaskProxy:
     return proxy
 
 
-def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
+def _register_found(scanner: Scanner, _name: str, proxy: TaskProxy) -> None:
     # Not the directive: config.scan() may come before the include.
     add = getattr(scanner, "add_celery_task", None)
     if add is not None:
@@ -219,7 +236,7 @@ def _register_found(scanner: Any, _name: str, proxy: TaskProxy) -> None:
 
 
 def add_celery_task(
-    config: Any, target: TaskProxy | Callable[..., Any] | type, **options: Any
+    config: Configurator, target: TaskProxy | Callable[..., Any] | type, **options: Any
 ) -> None:
     """Register a task: the directive behind ``config.scan()``.
 
@@ -230,7 +247,7 @@ def add_celery_task(
     _add(config, declared, "config.add_celery_task")
 
 
-def _add(config: Any, declared: TaskProxy, origin: str) -> None:
+def _add(config: Configurator, declared: TaskProxy, origin: str) -> None:
     introspectable = _introspectable(config, declared, origin)
 
     def register() -> None:
@@ -243,7 +260,11 @@ def _add(config: Any, declared: TaskProxy, origin: str) -> None:
 
 
 def add_periodic_task(
-    config: Any, task: Any, schedule: Any, name: str | None = None, **fields: Any
+    config: Configurator,
+    task: Task | TaskProxy | str,
+    schedule: Schedule,
+    name: str | None = None,
+    **fields: Any,
 ) -> None:
     """Let a task run at its times: a directive.
 
@@ -263,8 +284,8 @@ def add_periodic_task(
         "celery periodic tasks", name, name, "celery periodic task"
     )
     introspectable.update(name=name, task=task_name, fields=without_arguments(masked("", fields)))
-    mapping = isinstance(schedule, Mapping)
-    introspectable["schedule"] = without_arguments(schedule) if mapping else schedule
+    shown = without_arguments(schedule) if isinstance(schedule, Mapping) else schedule
+    introspectable["schedule"] = shown
 
     def register() -> None:
         declare(get_celery_app(config.registry), name, task_name, schedule, **fields)
@@ -272,7 +293,7 @@ def add_periodic_task(
     config.action(("celery periodic task", name), register, introspectables=(introspectable,))
 
 
-def add_imported_task(config: Any, declared: TaskProxy, plugin: str | None = None) -> None:
+def add_imported_task(config: Configurator, declared: TaskProxy, plugin: str | None = None) -> None:
     """Register a task that ``imports`` or a plugin names, unless ``config.scan()`` has found it.
 
     It is no action: one that is added while others are executed makes Pyramid stumble over actions
@@ -299,8 +320,8 @@ def add_imported_task(config: Any, declared: TaskProxy, plugin: str | None = Non
 
 
 def _introspectable(
-    config: Any, declared: TaskProxy, origin: str, plugin: str | None = None
-) -> Any:
+    config: Configurator, declared: TaskProxy, origin: str, plugin: str | None = None
+) -> Introspectable:
     introspectable = config.introspectable(
         "celery tasks", declared.name, repr(declared), "celery task"
     )
@@ -316,7 +337,7 @@ def _introspectable(
     return introspectable
 
 
-def _relate(config: Any, introspectable: Any) -> None:
+def _relate(config: Configurator, introspectable: Introspectable) -> None:
     """Relate a task to its derivers, routes and schedule entries, which are registered already."""
     name = introspectable["name"]
     for deriver, _ in task_derivers(config.registry):
@@ -329,7 +350,7 @@ def _relate(config: Any, introspectable: Any) -> None:
             introspectable.relate(each.category_name, each.discriminator)
 
 
-def _configured(config: Any, category: str) -> list[Any]:
+def _configured(config: Configurator, category: str) -> list[Introspectable]:
     found = config.introspector.get_category(category, default=())
     return [each["introspectable"] for each in found]
 
@@ -354,11 +375,11 @@ class _SignalProxy:
             return self._declare(args[0], args[1:], options)
         return lambda handler: self._declare(handler, args, options)
 
-    def _declare(self, handler: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _declare(self, handler: Handler, args: tuple[Any, ...], options: dict[str, Any]) -> Handler:
         def connect(app: PyramidCelery) -> None:
             getattr(app, self._name).connect(handler, *args, **options)
 
-        def found(scanner: Any, _name: str, _what: Any) -> None:
+        def found(scanner: Scanner, _name: str, _what: object) -> None:
             _connect_found(scanner, connect)
 
         for category in ("pyramid", CATEGORY):
@@ -372,7 +393,7 @@ class _SignalProxy:
         return handler
 
 
-def _connect_found(scanner: Any, connect: Callable[[PyramidCelery], None]) -> None:
+def _connect_found(scanner: Scanner, connect: Callable[[PyramidCelery], None]) -> None:
     config = scanner.config
     if hasattr(scanner, "add_celery_task"):  # while actions are executed, see _scan_imports()
         connect(get_celery_app(config.registry))

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from celery import Task
-from pyramid.config import PHASE1_CONFIG
+from pyramid.config import PHASE1_CONFIG, Configurator
+from pyramid.config.settings import Settings
 from pyramid.registry import Registry
 from pyramid.util import Sentinel, TopologicalSorter, as_sorted_tuple
 from pyramid.viewderivers import INGRESS
@@ -22,6 +23,9 @@ from ws_celery.interfaces import ITaskDeriverInfo, ITaskDerivers
 from ws_celery.settings.options import ANNOTATION_KEYS
 from ws_celery.tasks import RequestAwareTask
 
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
 __all__ = (
     "INGRESS",
     "TASK",
@@ -31,6 +35,12 @@ __all__ = (
     "derive",
     "task_derivers",
 )
+
+#: Wraps the function of a task; see :class:`ws_celery.interfaces.ITaskDeriver`.
+Deriver: TypeAlias = Callable[[Callable[..., Any], "TaskDeriverInfo"], Callable[..., Any]]
+
+#: Where a deriver is among the others: next to one of these.
+Place: TypeAlias = str | Sentinel | Iterable[str | Sentinel]
 
 #: The inner end of the derivers: the function itself. The outer end is Pyramid's ``INGRESS``.
 TASK = Sentinel("TASK")
@@ -58,7 +68,7 @@ _READ_BY_CELERY = frozenset(
 @implementer(ITaskDeriverInfo)
 @dataclass(frozen=True)
 class TaskDeriverInfo:
-    """What a deriver is told of a task.
+    """What a deriver knows of a task.
 
     :param task: Celery's task, which ``bind=True`` hands to the function.
     :param original_task: the function or class that ``@task`` was put on.
@@ -66,7 +76,7 @@ class TaskDeriverInfo:
         attribute of the task's class.
     """
 
-    task: Any
+    task: RequestAwareTask
     original_task: Callable[..., Any]
     options: Mapping[str, Any]
 
@@ -81,13 +91,17 @@ class TaskDeriverInfo:
         return self.task.app.registry
 
     @property
-    def settings(self) -> Any:
+    def settings(self) -> Settings:
         """The settings of the application."""
         return self.registry.settings
 
 
 def add_task_deriver(
-    config: Any, deriver: Any, name: str | None = None, under: Any = None, over: Any = None
+    config: Configurator,
+    deriver: Deriver | str,
+    name: str | None = None,
+    under: Place | None = None,
+    over: Place | None = None,
 ) -> None:
     """Wrap the functions of tasks in ``deriver(run, info)``: a directive.
 
@@ -127,7 +141,7 @@ def add_task_deriver(
     )
 
 
-def task_derivers(registry: Registry) -> list[tuple[str, Any]]:
+def task_derivers(registry: Registry) -> list[tuple[str, Deriver]]:
     """Return names and derivers of an application, the outermost first.
 
     :raises ConfigurationError: if one is to be under or over what there is not.
@@ -137,11 +151,10 @@ def task_derivers(registry: Registry) -> list[tuple[str, Any]]:
         return []
     if faults := list(_misplaced(derivers)):
         raise ConfigurationError(*faults)
-    ordered: list[tuple[str, Any]] = derivers.sorted()
-    return ordered
+    return derivers.sorted()
 
 
-def _misplaced(derivers: Any) -> Iterator[Fault]:
+def _misplaced(derivers: TopologicalSorter) -> Iterator[Fault]:
     there = {INGRESS, TASK, *derivers.names}
     for side, wanted_by in (("under", derivers.name2after), ("over", derivers.name2before)):
         for name, wanted in wanted_by.items():
@@ -152,7 +165,11 @@ def _misplaced(derivers: Any) -> Iterator[Fault]:
 
 
 def check_options(
-    name: str, original: Any, base: type, options: Mapping[str, Any], app: Any
+    name: str,
+    original: Callable[..., Any],
+    base: type,
+    options: Mapping[str, Any],
+    app: PyramidCelery,
 ) -> None:
     """Refuse options of a task that nobody would read, and what would be misread.
 
@@ -173,7 +190,13 @@ def check_options(
     ]
     if unknown:
         known.update(each for each in dir(base) if not each.startswith("_"))
-        raise ConfigurationError(*(_unknown(name, option, known) for option in unknown))
+        problem = (
+            "the task {!r} has the unknown option {!r}; an option of your own is an attribute of "
+            "the task's base class, or is declared by a task deriver"
+        )
+        raise ConfigurationError(
+            *(Fault(problem.format(name, each), nearest=nearest(each, known)) for each in unknown)
+        )
     outbox = options.get("outbox", getattr(base, "outbox", True))
     if not isinstance(outbox, bool):
         raise ConfigurationError(f"The task {name!r} has outbox = {outbox!r}. Write True or False.")
@@ -184,15 +207,7 @@ def check_options(
         )
 
 
-def _unknown(name: str, option: str, known: Iterable[str]) -> Fault:
-    problem = (
-        f"the task {name!r} has the unknown option {option!r}; an option of your own is an "
-        "attribute of the task's base class, or is declared by a task deriver"
-    )
-    return Fault(problem, nearest=nearest(option, known))
-
-
-def _declared(derivers: Iterable[tuple[str, Any]]) -> Iterator[str]:
+def _declared(derivers: Iterable[tuple[str, Deriver]]) -> Iterator[str]:
     for _, deriver in derivers:
         yield from getattr(deriver, "options", ())
 
@@ -220,13 +235,9 @@ def derive(task: Task, original: Callable[..., Any], options: Mapping[str, Any])
                 "Let it return the function that it is given, or one that calls it."
             )
     if derived is not run:
-        setattr(task, attribute, _with_signature_of(run, derived))
+        # A function of its own: a deriver may return one object for many tasks.
+        @wraps(run)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return derived(*args, **kwargs)
 
-
-def _with_signature_of(run: Callable[..., Any], derived: Callable[..., Any]) -> Any:
-    # A function of its own: a deriver may return one object for many tasks.
-    @wraps(run)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return derived(*args, **kwargs)
-
-    return call
+        setattr(task, attribute, call)

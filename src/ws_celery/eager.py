@@ -1,15 +1,15 @@
 """Eager mode (``task_always_eager``): what would be sent runs in the calling process.
 
 Celery's own eager mode calls functions: nothing is serialised, canvases run in the middle of the
-caller's transaction, and ``send_task`` sends all the same. So Celery is not told. It builds its
-messages as ever, and they run when they would have left, as a worker runs them. The test kit runs
-what it has captured by the same means.
+caller's transaction, and ``send_task`` sends all the same. So Celery does not know of it. It builds
+its messages as ever, and they run when they would have left, as a worker runs them. The test kit
+runs what it has captured by the same means.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import Context as Variables
 from threading import local
@@ -106,7 +106,9 @@ class MemoryBackend(CacheBackend):
     def __init__(self, app: PyramidCelery) -> None:
         super().__init__(app=app, url="memory://")
 
-    def wait_for(self, task_id: str, on_interval: Any = None, **_: Any) -> Any:
+    def wait_for(
+        self, task_id: str, on_interval: Callable[[], None] | None = None, **_: Any
+    ) -> dict[str, Any]:
         """Return what is kept of a task that has run.
 
         :raises NotRunYet: if it has not.

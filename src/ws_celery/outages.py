@@ -1,4 +1,4 @@
-"""Whether what a loop needs answers, told once, and how long to wait until it is tried again."""
+"""Whether what a loop needs answers, logged once, and how long to wait until it is tried again."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Service:
         self._wait = BACKOFF[0]
 
     def works(self) -> None:
-        """Take note that it has answered."""
+        """Note that it answers; log it, if it had failed."""
         if self.error is not None:
             seconds = monotonic() - self._since
             log.warning("%s: the %s is back after %.1f seconds", self._owner, self._name, seconds)
             self.error = None
 
     def failed(self, error: BaseException) -> float:
-        """Take note that it has failed; return how many seconds to wait."""
+        """Note that it has failed; return how many seconds to wait."""
         if self.error is None:
             self._since, self._wait = monotonic(), BACKOFF[0]
             log.error(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -14,18 +13,24 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import SoftTimeLimitExceeded
 from kombu import Connection, Producer
 from kombu.exceptions import OperationalError
-from pyramid.registry import Registry
 
-from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled, notify
+from ws_celery.events import TasksPublished, notify
 from ws_celery.exceptions import BrokerUnavailable
-from ws_celery.masking import logger_of, masked_text
+from ws_celery.recording import (
+    DELAYING_EXCHANGE,
+    OUTBOX_HEADER,
+    ROW_HEADER,
+    Publication,
+    delay_anew,
+)
 from ws_celery.settings import our_setting
-from ws_celery.shown_arguments import logged_arguments
 from ws_celery.spool import Spool
 
 if TYPE_CHECKING:
+    from kombu.transport.virtual import Channel
+    from redis.client import Pipeline
+
     from ws_celery.app import PyramidCelery
-    from ws_celery.recording import Publication
 
 __all__ = (
     "Attempt",
@@ -34,99 +39,8 @@ __all__ = (
     "batch",
     "connect",
     "lighten",
+    "publish",
 )
-
-log = logger_of(__name__)
-
-
-class PartlyRefused(Exception):
-    """A Redis has refused some of the commands that it was sent together, and obeyed others."""
-
-
-def connect(channel: Any) -> None:
-    """Connect a channel to Redis, also if the server has hung up: nothing was sent until then.
-
-    Channels to other brokers are left alone.
-
-    :raises Exception: if the server does not answer.
-    """
-    if hasattr(channel, "conn_or_acquire"):
-        with channel.conn_or_acquire() as client:
-            pool = client.connection_pool
-            try:
-                connection = pool.get_connection()
-            except TypeError:  # redis-py before 5.3, with Celery 5.5, asks for a command
-                connection = pool.get_connection("_")
-            pool.release(connection)
-
-
-def lighten(channel: Any) -> None:
-    """Let ``channel`` keep one client, and push what is published together by one command.
-
-    kombu makes a client of redis-py for each publish, which costs more than all the rest of it, and
-    adds a command to the pipeline for each message. Nothing else changes: the messages arrive in
-    their order, and the client takes its connections from the same pool. Channels to other brokers
-    are left alone.
-
-    :param channel: on which no two threads publish at a time.
-    """
-    if not hasattr(channel, "conn_or_acquire"):
-        return
-    with channel.conn_or_acquire() as kept:
-        channel.conn_or_acquire = lambda client=None: nullcontext(client or kept)
-    if hasattr(channel, "create_publish_batch"):  # kombu 5.7
-        create_batch = channel.create_publish_batch
-
-        def create_publish_batch(max_size: int) -> Any:
-            batch = create_batch(max_size)
-            batch.pipeline = _Pushes(batch.pipeline)
-            return batch
-
-        channel.create_publish_batch = create_publish_batch
-
-
-class _Pushes:
-    """A pipeline in which what is pushed onto one list, one after the other, is one command.
-
-    :param pipeline: redis-py's.
-    """
-
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-        self._key: Any = None
-        self._values: list[Any] = []
-
-    def lpush(self, key: Any, *values: Any) -> None:
-        if key != self._key:
-            self._push()
-            self._key = key
-        self._values += values
-
-    def execute(self) -> None:
-        """Send all; what is refused is an error.
-
-        :raises PartlyRefused: if not all was refused.
-        """
-        self._push()
-        answers = self._pipeline.execute(raise_on_error=False)
-        if errors := [answer for answer in answers if isinstance(answer, Exception)]:
-            if len(errors) < len(answers):
-                raise PartlyRefused(f"{len(errors)} of {len(answers)} commands: {errors[0]}")
-            raise errors[0]
-
-    def reset(self) -> None:
-        self._values = []
-        self._pipeline.reset()
-
-    def __getattr__(self, name: str) -> Any:
-        # Any other command, and the execution: what was pushed comes first.
-        self._push()
-        return getattr(self._pipeline, name)
-
-    def _push(self) -> None:
-        if self._values:
-            self._pipeline.lpush(self._key, *self._values)
-            self._values = []
 
 
 #: Seconds by which each message lengthens the flush: a long list is no sign of a slow broker.
@@ -174,16 +88,14 @@ class Publisher:
 
     What has certainly not been sent, and has no row in the outbox, is spooled.
 
-    :param app: the Celery app whose broker it is.
-    :param registry: where the settings and the subscribers are.
+    :param app: the Celery app whose broker it is; its registry has the settings.
     """
 
-    def __init__(self, app: PyramidCelery, registry: Registry) -> None:
-        settings = registry.settings
+    def __init__(self, app: PyramidCelery) -> None:
+        settings = app.registry.settings
         self.timeout = our_setting(settings, "ws_celery.publish_timeout", 2.0)
         self.cooldown = our_setting(settings, "ws_celery.publish_cooldown", 5.0)
-        self.spool = Spool(self, our_setting(settings, "ws_celery.publish_spool", 10_000))
-        self._log_arguments = our_setting(settings, "ws_celery.log_arguments", default=False)
+        self.spool = Spool(app, self)
         self._app = app
         self._down_until: float | None = None
         self._idle: deque[Producer] = deque()
@@ -197,12 +109,8 @@ class Publisher:
         It is logged with the names and ids of the tasks, and events tell what became of them. What
         interrupts the process, such as a time limit, is raised.
         """
-        try:
-            self._refuse_while_down()
-        except BrokerUnavailable as error:
-            self.conclude(publications, Attempt(error=error))
-            return
-        attempt = self.attempt(publications)
+        reason = self._reason_to_wait()
+        attempt = Attempt(error=reason) if reason else self.attempt(publications)
         self.conclude(publications, attempt)
         if attempt.error is not None and _interrupts(attempt.error):
             raise attempt.error
@@ -245,50 +153,14 @@ class Publisher:
         """
         if attempt.error is None:
             self._down_until = None
-        elif attempt.down:
-            self._down_until = monotonic() + self.cooldown
-        if attempt.error is not None:
-            self._leave_to_relay(publications[attempt.sent :], attempt.error)
-            if not late:
-                self._spool(publications[attempt.begun :], attempt.error)
-            doubtful = publications[attempt.sent : attempt.begun]
-            self.report([each for each in doubtful if not each.row_id], attempt.error)
+        else:
+            if attempt.down:
+                self._down_until = monotonic() + self.cooldown
+            self.spool.conclude_failure(publications, attempt, attempt.error, late=late)
         if sent := publications[: attempt.sent]:
-            if self._app.outbox is not None:
+            if any(publication.anonymous for publication in sent):
                 self._app.outbox.published(sent)
             notify(TasksPublished(self._app, sent, late=late))
-
-    def _leave_to_relay(self, publications: Sequence[Publication], error: BaseException) -> None:
-        if kept := [publication for publication in publications if publication.row_id]:
-            log.warning("The outbox keeps %d tasks for the relay: %s", len(kept), error)
-            self._app.outbox.not_published(kept)
-
-    def _spool(self, publications: Sequence[Publication], error: BaseException) -> None:
-        publications = [each for each in publications if not each.row_id]
-        if not publications:
-            return
-        lost = self.spool.keep(publications)
-        without = set(lost)
-        if kept := [each for each in publications if each not in without]:
-            self._log(logging.WARNING, "this process sends these tasks later", kept, error)
-            notify(TasksSpooled(self._app, kept, error=error))
-        self.report(lost, error, ambiguous=False)
-
-    def report(
-        self,
-        publications: Sequence[Publication],
-        error: BaseException,
-        *,
-        ambiguous: bool = True,
-    ) -> None:
-        """Tell that messages are lost.
-
-        :param ambiguous: whether they may have been sent all the same.
-        """
-        if any(publication.task_id for publication in publications):
-            said = "these tasks may not have been sent" if ambiguous else "these tasks are lost"
-            self._log(logging.ERROR, said, publications, error)
-            notify(PublishFailed(self._app, publications, error=error, ambiguous=ambiguous))
 
     def end(self) -> None:
         """Wait ``ws_celery.publish_timeout`` for what is spooled, at the end of the process."""
@@ -316,22 +188,24 @@ class Publisher:
             while True:
                 self._idle.pop().connection.release()
 
-    def _refuse_while_down(self) -> None:
-        if len(self.spool):
-            raise BrokerUnavailable(
+    def _reason_to_wait(self) -> BrokerUnavailable | None:
+        """Return why nothing is sent now, if so: the next message would be late, or fail."""
+        if self.spool.waiting or self.spool.in_hand:
+            return BrokerUnavailable(
                 "The broker has not taken yet what was dispatched before, and nothing overtakes "
                 "it. Start the broker."
             )
         down_until = self._down_until  # another thread may find the broker up meanwhile
         if down_until is None:
-            return
+            return None
         if monotonic() < down_until:
-            raise BrokerUnavailable(
+            return BrokerUnavailable(
                 "The broker has not answered a moment ago. Nothing is sent to it for "
                 f"ws_celery.publish_cooldown = {self.cooldown} seconds; start the broker."
             )
         # This flush tries; those of other threads need not wait with it.
         self._down_until = monotonic() + self.timeout
+        return None
 
     def _acquire(self) -> Producer:
         if self._pid != os.getpid():
@@ -371,35 +245,27 @@ class Publisher:
             connection.connection.sock.settimeout(patience)
         return connection
 
-    def _log(
-        self, level: int, said: str, publications: Sequence[Publication], error: BaseException
-    ) -> None:
-        tasks = [self._described(each) for each in publications if each.task_id]
-        is_known = isinstance(error, BrokerUnavailable)
-        log.log(
-            level,
-            "The transaction has committed, but %s: %s (%s)",
-            said,
-            ", ".join(tasks),
-            masked_text(str(error)) or type(error).__name__,
-            exc_info=None if level < logging.ERROR or is_known else error,
-        )
-
-    def _described(self, publication: Publication) -> str:
-        text = f"{publication.task_name}[{publication.task_id}]"
-        if not self._log_arguments:
-            return text
-        args, kwargs = logged_arguments(
-            self._app, publication.task_name, publication.call, publication.told_arguments
-        )
-        return f"{text} args={args} kwargs={kwargs}"
-
 
 def _bound_redis(options: dict[str, Any], patience: float) -> None:
     for option in ("socket_connect_timeout", "socket_timeout"):
         options[option] = min(patience, options.get(option) or patience)
     for option in _REDIS_RETRIES:
         options.pop(option, None)
+
+
+def publish(producer: Producer, publication: Publication, **overrides: Any) -> None:
+    """Hand a message to the broker, now.
+
+    :param overrides: options of the publish that take the place of its own.
+    """
+    options = {**publication.options, **overrides}
+    exchange = options.get("exchange")
+    if getattr(exchange, "name", exchange) == DELAYING_EXCHANGE:
+        delay_anew(options)
+    if publication.row_id is not None and not publication.anonymous:
+        row = {ROW_HEADER: str(publication.row_id), OUTBOX_HEADER: publication.outbox}
+        options["headers"] = {**options["headers"], **row}
+    producer.publish(publication.payload, **options)
 
 
 def batch(producer: Producer, publications: Sequence[Publication]) -> AbstractContextManager[Any]:
@@ -432,7 +298,7 @@ def _send_together(
         part = publications[start : start + BATCH]
         with batch(producer, part):
             for publication in part:
-                publication.publish(producer, declare=None, retry=False)
+                publish(producer, publication, declare=None, retry=False)
             attempt.begun += len(part)  # it leaves at the end of the block
         attempt.sent = attempt.begun
 
@@ -445,7 +311,7 @@ def _send_each(
         if attempt.begun and monotonic() > deadline:
             break
         attempt.begun += 1
-        publication.publish(producer, declare=None, retry=False)
+        publish(producer, publication, declare=None, retry=False)
         if answers:
             attempt.sent = attempt.begun
     if not answers:
@@ -513,3 +379,93 @@ def _is_alive(producer: Producer) -> bool:
         connection.collect()
         return False
     return bool(connection.connected)
+
+
+class PartlyRefused(Exception):
+    """A Redis has refused some of the commands that it was sent together, and obeyed others."""
+
+
+def connect(channel: Channel) -> None:
+    """Connect a channel to Redis, also if the server has hung up: nothing was sent until then.
+
+    Channels to other brokers are left alone.
+
+    :raises Exception: if the server does not answer.
+    """
+    if hasattr(channel, "conn_or_acquire"):
+        with channel.conn_or_acquire() as client:
+            pool = client.connection_pool
+            try:
+                connection = pool.get_connection()
+            except TypeError:  # redis-py before 5.3, with Celery 5.5, asks for a command
+                connection = pool.get_connection("_")
+            pool.release(connection)
+
+
+def lighten(channel: Channel) -> None:
+    """Let ``channel`` keep one client, and push what is published together by one command.
+
+    kombu makes a client of redis-py for each publish, which costs more than all the rest of it, and
+    adds a command to the pipeline for each message. Nothing else changes: the messages arrive in
+    their order, and the client takes its connections from the same pool. Channels to other brokers
+    are left alone.
+
+    :param channel: on which no two threads publish at a time.
+    """
+    if not hasattr(channel, "conn_or_acquire"):
+        return
+    with channel.conn_or_acquire() as kept:
+        channel.conn_or_acquire = lambda client=None: nullcontext(client or kept)
+    if hasattr(channel, "create_publish_batch"):  # kombu 5.7
+        create_batch = channel.create_publish_batch
+
+        def create_publish_batch(max_size: int) -> Any:
+            batch = create_batch(max_size)
+            batch.pipeline = _Pushes(batch.pipeline)
+            return batch
+
+        channel.create_publish_batch = create_publish_batch
+
+
+class _Pushes:
+    """A pipeline in which what is pushed onto one list, one after the other, is one command.
+
+    :param pipeline: redis-py's.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._key = ""
+        self._values: list[bytes] = []
+
+    def lpush(self, key: str, *values: bytes) -> None:
+        if key != self._key:
+            self._push()
+            self._key = key
+        self._values += values
+
+    def execute(self) -> None:
+        """Send all; what is refused is an error.
+
+        :raises PartlyRefused: if not all was refused.
+        """
+        self._push()
+        answers = self._pipeline.execute(raise_on_error=False)
+        if errors := [answer for answer in answers if isinstance(answer, Exception)]:
+            if len(errors) < len(answers):
+                raise PartlyRefused(f"{len(errors)} of {len(answers)} commands: {errors[0]}")
+            raise errors[0]
+
+    def reset(self) -> None:
+        self._values = []
+        self._pipeline.reset()
+
+    def __getattr__(self, name: str) -> Any:
+        # Any other command, and the execution: what was pushed comes first.
+        self._push()
+        return getattr(self._pipeline, name)
+
+    def _push(self) -> None:
+        if self._values:
+            self._pipeline.lpush(self._key, *self._values)
+            self._values = []

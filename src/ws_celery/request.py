@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 from celery.app.task import Context
@@ -21,14 +21,20 @@ from zope.interface import alsoProvides, implementer
 
 from ws_celery.compat import finish_request
 from ws_celery.converters import nearest
-from ws_celery.exceptions import ConfigurationError, Fault, OptionNotSendable
-from ws_celery.interfaces import IRequestPropagator, ITaskRequest
+from ws_celery.exceptions import ConfigurationError, Fault, NotIncluded, OptionNotSendable
+from ws_celery.interfaces import ICeleryApp, IRequestPropagator, ITaskRequest
 from ws_celery.masking import logger_of
 from ws_celery.settings import our_setting
 
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+
 __all__ = (
     "HEADER",
+    "JSON",
     "PROPAGATORS",
+    "Args",
+    "Kwargs",
     "Propagation",
     "Propagator",
     "calling",
@@ -36,6 +42,7 @@ __all__ = (
     "description_of",
     "failed_run",
     "failing",
+    "get_celery_app",
     "split_request",
     "task_request",
 )
@@ -57,20 +64,28 @@ _BITS = 63
 _DEFAULT = "locale request_id"
 
 
+#: A value that JSON can hold.
+JSON: TypeAlias = Any
+
+#: The arguments of a call, as a caller gives them.
+Args: TypeAlias = Sequence[Any] | None
+Kwargs: TypeAlias = Mapping[str, Any] | None
+
+
 @implementer(IRequestPropagator)
 @dataclass(frozen=True)
 class Propagator:
     """Two functions that take one thing from request to request."""
 
-    capture: Callable[[Any], Any]
-    restore: Callable[[Any, Any], None]
+    capture: Callable[[Request], JSON]
+    restore: Callable[[Request, JSON], None]
 
 
-def _or_nothing(capture: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _or_nothing(capture: Callable[[Request], JSON]) -> Callable[[Request], JSON]:
     """Return a ``capture`` whose error stops no dispatch: nobody has asked for what travels so."""
 
     @wraps(capture)
-    def capture_or_log(request: Any) -> Any:
+    def capture_or_log(request: Request) -> JSON:
         try:
             return capture(request)
         except Exception:
@@ -82,28 +97,28 @@ def _or_nothing(capture: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 @_or_nothing
-def _locale(request: Any) -> Any:
+def _locale(request: Request) -> str | None:
     # Asking for it is not free, and may read the body of an upload: only where it has a meaning.
     known = "locale_name" in vars(request)
     name = request.locale_name if known or _uses_locales(request) else None
     return name if isinstance(name, str) else None
 
 
-def _uses_locales(request: Any) -> bool:
+def _uses_locales(request: Request) -> bool:
     if getattr(type(request), "locale_name", None) is not Request.locale_name:
         return True  # the application's own
     registry = getattr(request, "registry", None)
-    return registry is not None and any(
-        registry.queryUtility(each) for each in (ILocaleNegotiator, ITranslationDirectories)
+    return registry is not None and bool(
+        registry.queryUtility(ILocaleNegotiator) or registry.queryUtility(ITranslationDirectories)
     )
 
 
-def _set_locale(request: Any, value: Any) -> None:
+def _set_locale(request: Request, value: JSON) -> None:
     request.locale_name = value
 
 
 @_or_nothing
-def _request_id(request: Any) -> str | None:
+def _request_id(request: Request) -> str | None:
     value = getattr(request, "id", None)
     if not isinstance(value, (str, int, UUID)):
         environ = request.environ
@@ -111,17 +126,17 @@ def _request_id(request: Any) -> str | None:
     return None if value is None else str(value)[:_LONGEST_ID]
 
 
-def _set_request_id(request: Any, value: Any) -> None:
+def _set_request_id(request: Request, value: JSON) -> None:
     value = request.environ["HTTP_X_REQUEST_ID"] = str(value)
     with suppress(AttributeError):  # a property of the application, which reads the header
         request.id = value
 
 
-def _userid(request: Any) -> Any:
+def _userid(request: Request) -> JSON:
     return request.authenticated_userid
 
 
-def _set_userid(request: Any, value: Any) -> None:
+def _set_userid(request: Request, value: JSON) -> None:
     # Where a security policy can read it; a task has no cookie.
     request.environ["REMOTE_USER"] = str(value)
     request.set_property(lambda _: value, "authenticated_userid")
@@ -151,14 +166,15 @@ class Propagation:
         if self.pinned and "ws_celery.base_url" not in settings:
             raise ConfigurationError(_nothing_to_pin())
         names = our_setting(settings, "ws_celery.propagate", _DEFAULT)
-        self._used = _choose(names, {**PROPAGATORS, **dict(_registered(registry))})
+        added = registry.getUtilitiesFor(IRequestPropagator)
+        self._used = _choose(names, {**PROPAGATORS, **dict(added)})
 
-    def describe(self, request: Any) -> dict[str, Any]:
+    def describe(self, request: Request) -> dict[str, JSON]:
         """Return what tasks need to know of ``request``, as JSON values; it may be nothing.
 
         :raises OptionNotSendable: if a propagator captures what is no JSON.
         """
-        description: dict[str, Any] = {}
+        description: dict[str, JSON] = {}
         # A script's request is nowhere, as one without a header: the worker knows better.
         if not self.pinned:
             url = request.application_url
@@ -170,11 +186,11 @@ class Propagation:
                 description[name] = _frozen(name, value)
         return description
 
-    def url(self, description: Mapping[str, Any]) -> str:
+    def url(self, description: Mapping[str, JSON]) -> str:
         """Return where the URLs of the task begin."""
         return self.base_url if self.pinned else description.get("url") or self.base_url
 
-    def restore(self, request: Any, description: Mapping[str, Any]) -> None:
+    def restore(self, request: Request, description: Mapping[str, JSON]) -> None:
         """Give the request of a task what this worker's ``ws_celery.propagate`` asks for."""
         for name, propagator in self._used.items():
             value = description.get(name)
@@ -192,12 +208,7 @@ def _nothing_to_pin() -> Fault:
     )
 
 
-def _registered(registry: Registry) -> Iterable[tuple[str, Any]]:
-    found: Iterable[tuple[str, Any]] = registry.getUtilitiesFor(IRequestPropagator)
-    return found
-
-
-def _choose(names: Iterable[str], known: Mapping[str, Any]) -> dict[str, Any]:
+def _choose(names: Iterable[str], known: Mapping[str, Propagator]) -> dict[str, Propagator]:
     for name in names:
         if name not in known:
             raise _unknown(name, names, known)
@@ -217,7 +228,7 @@ def _unknown(name: str, names: Iterable[str], known: Iterable[str]) -> Configura
     return ConfigurationError(fault)
 
 
-def _frozen(name: str, value: Any) -> Any:
+def _frozen(name: str, value: JSON) -> JSON:
     """Return a copy of a value as it arrives: what is changed after the call does not travel."""
     if type(value) is str:
         return value
@@ -237,14 +248,14 @@ def _whole(digits: str) -> int:
 #: Name of the message header that describes the dispatching request.
 HEADER = "ws_celery"
 
-_explicit: ContextVar[Any] = ContextVar("ws_celery_explicit_request", default=None)
+_explicit: ContextVar[Request | None] = ContextVar("ws_celery_explicit_request", default=None)
 
 _failed: ContextVar[Context | None] = ContextVar("ws_celery_failed", default=None)
 
 
 def split_request(
-    args: Any, kwargs: Mapping[str, Any] | None
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    args: Args, kwargs: Kwargs
+) -> tuple[Request | None, tuple[Any, ...], dict[str, Any]]:
     """Take a request off the arguments of a call, wherever the caller put it.
 
     :param args: positional arguments; the request may be the first.
@@ -260,13 +271,13 @@ def split_request(
     return request, args, kwargs
 
 
-def calling(request: Any) -> AbstractContextManager[None]:
+def calling(request: Request) -> AbstractContextManager[None]:
     """Make the calls inside on behalf of ``request``; ``None`` changes nothing."""
     return nullcontext() if request is None else _calling(request)
 
 
 @contextmanager
-def _calling(request: Any) -> Iterator[None]:
+def _calling(request: Request) -> Iterator[None]:
     token = _explicit.set(request)
     try:
         yield
@@ -274,10 +285,23 @@ def _calling(request: Any) -> Iterator[None]:
         _explicit.reset(token)
 
 
-def calling_request() -> Any:
+def calling_request() -> Request | None:
     """Return the request on whose behalf the code runs: the one passed, else Pyramid's current."""
     request = _explicit.get()
     return get_current_request() if request is None else request
+
+
+def get_celery_app(source: object) -> PyramidCelery:
+    """Return the Celery app of a Pyramid registry, or of the registry of a request.
+
+    :param source: a registry, or anything that has one as its attribute ``registry``.
+    :raises NotIncluded: if the application does not include ws_celery.
+    """
+    registry: Registry = getattr(source, "registry", source)
+    app = registry.queryUtility(ICeleryApp)
+    if app is None:
+        raise NotIncluded
+    return app
 
 
 @contextmanager
@@ -295,20 +319,20 @@ def failed_run() -> Context | None:
     return _failed.get()
 
 
-def description_of(context: Any) -> dict[str, Any] | None:
-    """Return what the message of a run tells of the request that dispatched it, if it does.
+def description_of(context: Context) -> dict[str, JSON] | None:
+    """Return what the message of a run says of the request that dispatched it, if it does.
 
     :param context: Celery's ``task.request``.
     """
     # An instrumentation that adds headers of its own inside of "headers" hides ours there.
-    description: dict[str, Any] | None = (context.headers or {}).get(HEADER)
+    description: dict[str, JSON] | None = (context.headers or {}).get(HEADER)
     return description or getattr(context, HEADER, None)
 
 
 @contextmanager
 def task_request(
-    registry: Registry, propagation: Propagation, description: Mapping[str, Any]
-) -> Iterator[Any]:
+    registry: Registry, propagation: Propagation, description: Mapping[str, JSON]
+) -> Iterator[Request]:
     """Make the request of one task run current, and clean up after it whatever happens.
 
     The application's own request factory makes it, its request methods and properties are there,
@@ -317,8 +341,8 @@ def task_request(
 
     :param registry: the application's registry.
     :param propagation: what gives it the things that travel.
-    :param description: what :meth:`Propagation.describe` told of the dispatching request; may be
-        empty.
+    :param description: what :meth:`Propagation.describe` returned for the request that dispatched;
+        may be empty.
     """
     factory = registry.queryUtility(IRequestFactory, default=Request)
     request = factory.blank("/", base_url=propagation.url(description))

@@ -1,39 +1,30 @@
-"""Results of what is deferred: how they arrive, and when nobody is to wait for one."""
+"""Results of what is deferred, or skipped: nobody is to wait for one that does not come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from celery.backends.base import Backend
+from celery.result import ResultBase
+from kombu import Message
+
 from ws_celery.events import SKIPPED
 from ws_celery.exceptions import NotRunYet
-from ws_celery.recording import RecordingProducer
 from ws_celery.request import calling_request
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
 
-__all__ = ("fit",)
+__all__ = ("end_waits",)
 
 
-def fit(app: PyramidCelery, backend: Any) -> None:
-    """Let a result backend know of transactions that are open, and of runs that are skipped.
+def end_waits(app: PyramidCelery, backend: Backend) -> None:
+    """Let a result backend wait for no result that does not come.
 
     Its methods are wrapped in place: a backend is a class of Celery's, of another package's, or of
     the application's own.
     """
-    on_task_call = backend.on_task_call
-
-    def unless_recording(producer: Any, task_id: str) -> Any:
-        # Redis would be contacted at the call: a SUBSCRIBE for each task, and 19 s of waiting if it
-        # is down. AsyncResult.get() subscribes by itself.
-        if not isinstance(producer, RecordingProducer):
-            # Signature.election() takes what is returned for a mapping.
-            return on_task_call(producer, task_id) or {}
-        producer.reply_queue = getattr(backend, "binding", None)  # rpc:// would declare it now
-        return {}
-
-    backend.on_task_call = unless_recording
     waits = _Waits(app, backend)
     backend.wait_for_pending = waits.around(backend.wait_for_pending)
     backend.iter_native = waits.around(backend.iter_native)
@@ -46,7 +37,7 @@ class _Waits:
     :param backend: the backend that is waited with; each thread has its own.
     """
 
-    def __init__(self, app: PyramidCelery, backend: Any) -> None:
+    def __init__(self, app: PyramidCelery, backend: Backend) -> None:
         self._app = app
         self._backend = backend
         self._consumer = getattr(backend, "result_consumer", None)
@@ -59,13 +50,18 @@ class _Waits:
     def around(self, wait: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``wait``, which waits for a result, so that it raises ``NotRunYet``."""
 
-        def wait_for_result(result: Any, *args: Any, on_interval: Any = None, **how: Any) -> Any:
+        def wait_for_result(
+            result: ResultBase,
+            *args: Any,
+            on_interval: Callable[[], None] | None = None,
+            **how: Any,
+        ) -> Any:
             self._refuse_recorded(set(_ids(result)))
             # A chord with a skipped part has an end: its body fails.
             awaited = set(_ids(result, parts_of_chords=False))
 
             def look() -> None:
-                if self._consumer is None:  # it is not told of states
+                if self._consumer is None:  # it is not notified of states
                     self._look_for_skipped(awaited)
                 self._refuse_skipped(awaited)
                 if on_interval:
@@ -79,14 +75,14 @@ class _Waits:
 
         return wait_for_result
 
-    def on_state_change(self, meta: Mapping[str, Any], message: Any) -> None:
-        """Take note of a run that was skipped, where the backend is told of states."""
+    def on_state_change(self, meta: Mapping[str, Any], message: Message) -> None:
+        """Remember a run that was skipped, where the backend is notified of states."""
         if meta["status"] == SKIPPED and meta["task_id"] in self._awaited:
             self._skipped[meta["task_id"]] = meta["result"]
         self._on_state_change(meta, message)
 
     def _refuse_recorded(self, awaited: set[str]) -> None:
-        for publication in self._app.transactions.recorded(self._app, calling_request()):
+        for publication in self._app.transactions.recorded(calling_request()):
             if publication.task_id in awaited:
                 raise NotRunYet(str(publication.task_id), NotRunYet.DEFERRED)
 
@@ -107,7 +103,7 @@ class _Waits:
             raise NotRunYet(task_id, f"It was skipped: {reason}. {NotRunYet.SKIPPED}")
 
 
-def _ids(result: Any, *, parts_of_chords: bool = True) -> Iterator[str]:
+def _ids(result: ResultBase | None, *, parts_of_chords: bool = True) -> Iterator[str]:
     """Yield the ids of the tasks that have to run before a result is there, and its own."""
     wanted = True
     while result is not None:

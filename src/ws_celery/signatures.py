@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -104,7 +104,9 @@ def _header(check: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dumping(dump: Callable[..., Any]) -> Callable[..., Any]:
-    def dump_arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    def dump_arguments(
+        args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None
+    ) -> tuple[Any, Any]:
         (_, *dumped), kwargs = dump((None, *(args or ())), kwargs)
         return tuple(dumped), kwargs
 

@@ -1,25 +1,36 @@
-"""What the broker has not taken: kept in the memory of the process until it does."""
+"""What the broker has not taken: left to the relay, kept in the memory of the process, or lost."""
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
+from kombu.serialization import loads
+
+from ws_celery.events import PublishFailed, TasksSpooled, notify
 from ws_celery.exceptions import BrokerUnavailable
+from ws_celery.masking import logger_of, masked_text
 from ws_celery.outages import Service
+from ws_celery.settings import our_setting
+from ws_celery.shown_arguments import logged_arguments
 
 if TYPE_CHECKING:
-    from ws_celery.publishing import Publisher
+    from ws_celery.app import PyramidCelery
+    from ws_celery.publishing import Attempt, Publisher
     from ws_celery.recording import Publication
 
 __all__ = ("Spool",)
+
+#: Users know it by this name.
+log = logger_of("ws_celery.publishing")
 
 #: Bytes that the messages of a spool may have together.
 LARGEST = 64 * 2**20
@@ -49,20 +60,24 @@ class Spool:
     The thread lives as long as there is something to send. A forked child begins with nothing: what
     its parent keeps, its parent sends.
 
-    :param publisher: tries to send, and reports what becomes of the messages.
-    :param limit: how many messages are kept.
+    :param app: the Celery app.
+    :param publisher: tries to send.
     """
 
-    def __init__(self, publisher: Publisher, limit: int) -> None:
+    def __init__(self, app: PyramidCelery, publisher: Publisher) -> None:
+        settings = app.registry.settings
+        self._app = app
         self._publisher = publisher
-        self._limit = limit
+        self._limit = our_setting(settings, "ws_celery.publish_spool", 10_000)
+        self._log_arguments = our_setting(settings, "ws_celery.log_arguments", default=False)
         self._watches_process = False
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._condition = threading.Condition()
-        self._waiting: deque[Publication] = deque()
-        self._in_hand: Sequence[Publication] = ()
+        #: What is kept, and what is being sent; nothing overtakes it.
+        self.waiting: deque[Publication] = deque()
+        self.in_hand: Sequence[Publication] = ()
         self._bytes = 0
         self._size = _MOST
         self._refused = False
@@ -71,19 +86,85 @@ class Spool:
         self._broker = Service("The spool", "broker")
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._in_hand)
+        return len(self.waiting) + len(self.in_hand)
+
+    def conclude_failure(
+        self,
+        publications: Sequence[Publication],
+        attempt: Attempt,
+        error: BaseException,
+        *,
+        late: bool,
+    ) -> None:
+        """See to it that what was not sent will be, and report what may be lost.
+
+        :param error: what ended the attempt.
+        :param late: whether the messages come from here, and go back.
+        """
+        if kept := [each for each in publications[attempt.sent :] if each.row_id]:
+            log.warning("The outbox keeps %d tasks for the relay: %s", len(kept), error)
+            self._app.outbox.not_published(kept)
+        others = [each for each in publications[attempt.begun :] if not each.row_id]
+        if others and not late:
+            self._keep_and_tell(others, error)
+        doubtful = publications[attempt.sent : attempt.begun]
+        self.report([each for each in doubtful if not each.row_id], error)
+
+    def _keep_and_tell(self, publications: Sequence[Publication], error: BaseException) -> None:
+        lost = self.keep(publications)
+        without = set(lost)
+        if kept := [each for each in publications if each not in without]:
+            self._log(logging.WARNING, "this process sends these tasks later", kept, error)
+            notify(TasksSpooled(self._app, kept, error=error))
+        self.report(lost, error, ambiguous=False)
+
+    def report(
+        self, publications: Sequence[Publication], error: BaseException, *, ambiguous: bool = True
+    ) -> None:
+        """Tell that messages are lost.
+
+        :param ambiguous: whether they may have been sent all the same.
+        """
+        if any(publication.task_id for publication in publications):
+            said = "these tasks may not have been sent" if ambiguous else "these tasks are lost"
+            self._log(logging.ERROR, said, publications, error)
+            notify(PublishFailed(self._app, publications, error=error, ambiguous=ambiguous))
+
+    def _log(
+        self, level: int, said: str, publications: Sequence[Publication], error: BaseException
+    ) -> None:
+        tasks = [self._described(each) for each in publications if each.task_id]
+        is_known = isinstance(error, BrokerUnavailable)
+        log.log(
+            level,
+            "The transaction has committed, but %s: %s (%s)",
+            said,
+            ", ".join(tasks),
+            masked_text(str(error)) or type(error).__name__,
+            exc_info=None if level < logging.ERROR or is_known else error,
+        )
+
+    def _described(self, publication: Publication) -> str:
+        text = f"{publication.task_name}[{publication.task_id}]"
+        if not self._log_arguments:
+            return text
+        headers = publication.options["headers"]
+        reprs = headers.get("argsrepr"), headers.get("kwargsrepr")
+        call = _call_of(publication)
+        args, kwargs = logged_arguments(self._app, publication.task_name, call, reprs)
+        return f"{text} args={args} kwargs={kwargs}"
 
     def keep(self, publications: Sequence[Publication]) -> list[Publication]:
         """Keep messages; return the oldest ones, which are too many now and so are lost."""
         self._watch_process()
         lost = []
         with self._condition:
-            self._waiting.extend(publications)
+            self.waiting.extend(publications)
             self._bytes += sum(map(_bytes_of, publications))
-            while self._waiting and (len(self) > self._limit or self._bytes > LARGEST):
-                lost.append(self._waiting.popleft())
+            while self.waiting and (len(self) > self._limit or self._bytes > LARGEST):
+                lost.append(self.waiting.popleft())
                 self._bytes -= _bytes_of(lost[-1])
-            if self._waiting and self._thread is None:
+            if self.waiting and self._thread is None:
                 thread = threading.Thread(target=self._run, name="spool", daemon=True)
                 with suppress(RuntimeError):  # no thread can be had: the next message tries again
                     thread.start()
@@ -97,13 +178,13 @@ class Spool:
             self._condition.notify_all()
             self._condition.wait_for(lambda: not len(self), patience)
             self._in_a_hurry = False
-            in_hand, left = self._in_hand, list(self._waiting)
-            self._in_hand, self._bytes = (), 0
-            self._waiting.clear()
+            in_hand, left = self.in_hand, list(self.waiting)
+            self.in_hand, self._bytes = (), 0
+            self.waiting.clear()
             self._condition.notify_all()
         error = self._broker.error or BrokerUnavailable(_TOO_EARLY)
-        self._publisher.report(in_hand, error, ambiguous=True)
-        self._publisher.report(left, error, ambiguous=False)
+        self.report(in_hand, error, ambiguous=True)
+        self.report(left, error, ambiguous=False)
 
     def _watch_process(self) -> None:
         if not self._watches_process:
@@ -127,12 +208,12 @@ class Spool:
                 self._condition.wait(min(left, _HURRY) if self._in_a_hurry else left)
                 if self._in_a_hurry:
                     break
-            self._in_hand = [
-                self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))
+            self.in_hand = [
+                self.waiting.popleft() for _ in range(min(self._size, len(self.waiting)))
             ]
-            if not self._in_hand:
+            if not self.in_hand:
                 self._thread = None
-            return self._in_hand
+            return self.in_hand
 
     def _send(self, batch: Sequence[Publication]) -> float:
         """Send messages; return how many seconds to wait until the next ones."""
@@ -168,7 +249,7 @@ class Spool:
         left: list[Publication] = []
         for publication, attempt in attempts:
             if passes and attempt.refused and attempt.error is not None:
-                self._publisher.report([publication], attempt.error, ambiguous=False)
+                self.report([publication], attempt.error, ambiguous=False)
             else:
                 self._publisher.conclude([publication], attempt, late=True)
                 left += [publication][attempt.begun :]
@@ -177,12 +258,23 @@ class Spool:
 
     def _put_back(self, batch: Sequence[Publication], left: Sequence[Publication]) -> None:
         with self._condition:
-            if self._in_hand is batch:  # nobody has ended the waiting meanwhile
-                self._waiting.extendleft(reversed(left))
+            if self.in_hand is batch:  # nobody has ended the waiting meanwhile
+                self.waiting.extendleft(reversed(left))
                 self._bytes += sum(map(_bytes_of, left)) - sum(map(_bytes_of, batch))
-                self._in_hand = ()
+                self.in_hand = ()
                 self._condition.notify_all()
 
 
 def _bytes_of(publication: Publication) -> int:
     return len(publication.payload) + _BESIDE_BODY
+
+
+def _call_of(publication: Publication) -> tuple[Any, Any] | None:
+    """Return ``args`` and ``kwargs`` of a message; ``None`` if they cannot be read."""
+    options = publication.options
+    kind = options.get("content_type"), options.get("content_encoding")
+    try:
+        args, kwargs, _ = loads(publication.payload, *kind, accept={kind[0]})  # our own
+    except Exception:  # noqa: BLE001 - serialisers raise anything
+        return None
+    return args, kwargs

@@ -219,8 +219,13 @@ class RequestAwareTask(Task):
             :exc:`kombu.exceptions.EncodeError`.
         """
         request, args, kwargs = split_request(args, kwargs)
-        with calling(request), _naming_request(self):
-            return super().apply_async(args, kwargs, *starargs, **options)
+        try:
+            with calling(request):
+                return super().apply_async(args, kwargs, *starargs, **options)
+        except TypeError as error:
+            if (problem := problem_of_request(self)) is None:
+                raise
+            raise TypeError(f"{error}: {problem}.") from error
 
     def delay_many(self, calls: Iterable[Sequence[Any]]) -> GroupResult:
         """Dispatch once for each tuple of arguments; see :meth:`apply_async_many`.

@@ -13,7 +13,7 @@ from transaction.interfaces import NoTransaction
 
 from ws_celery.exceptions import Abandoned, ConfigurationError
 from ws_celery.interfaces import ICeleryApp
-from ws_celery.recording import Publication, holding, is_immediate
+from ws_celery.recording import Publication, holding, immediate
 from ws_celery.tasks import RequestAwareTask
 from ws_celery.transactions import raising_interruptions
 
@@ -153,7 +153,7 @@ class TransactionalTask(RequestAwareTask):
         """
         context = self.request
         alone = getattr(context, "ws_celery_manager", None) is None
-        if alone or context.is_eager or is_immediate():
+        if alone or context.is_eager or immediate.get():
             return super().on_replace(sig)
         with holding() as held:
             try:
@@ -264,7 +264,7 @@ class TransactionalTask(RequestAwareTask):
             claim.close()
 
     def _dispatch(self, request: Any, publications: list[Publication]) -> None:
-        recorder = self.app.transactions.recorder(self.app, request) if publications else None
+        recorder = self.app.transactions.recorder(request) if publications else None
         if recorder is not None:
             recorder.record(publications)
         elif publications:  # inside of immediately()

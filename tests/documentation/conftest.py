@@ -25,7 +25,7 @@ from transaction import TransactionManager
 from webtest import TestApp
 
 from ws_celery import get_celery_app
-from ws_celery.app import load_registry
+from ws_celery.applications import load_registry
 from ws_celery.testing import Capture, capture
 
 README = Path(__file__).parents[2] / "README.rst"

@@ -20,6 +20,7 @@ from tests.waiting import SOON, wait_for
 from ws_celery import task
 from ws_celery.embedded import EmbeddedBroker
 from ws_celery.events import PublishFailed, TasksPublished, TasksSpooled
+from ws_celery.publishing import publish
 from ws_celery.recording import Publication
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def has_tried(monkeypatch):
 
     def has_tried(app):
         spool = app.celery.publisher.spool
-        wait_for(lambda: spool._broker.error is not None and not spool._in_hand)
+        wait_for(lambda: spool._broker.error is not None and not spool.in_hand)
 
     return has_tried
 
@@ -184,15 +185,15 @@ def test_a_process_that_stands_still_in_its_flush_loses_nothing(
 ):
     app = make()
     start_broker(broker)
-    publish, paused = Publication.publish, threading.Event()
+    paused = threading.Event()
 
-    def standing_still(self, *args, **options):
+    def standing_still(*args, **options):
         if len(load.ids) == 30 and not paused.is_set():
             paused.set()
             time.sleep(1.2)  # it stands still for so long
-        publish(self, *args, **options)
+        publish(*args, **options)
 
-    monkeypatch.setattr(Publication, "publish", standing_still)
+    monkeypatch.setattr("ws_celery.publishing.publish", standing_still)
     with Load(app, threads=1, pause=0.05) as load:
         load.makes(133)
 

@@ -69,6 +69,11 @@ def test_an_argument_that_would_be_read_otherwise_is_refused_at_the_call(app, fo
         add.delay_many([(1,), (form,)])
 
 
+def test_keyword_arguments_of_these_two_names_are_refused_at_the_call(app):
+    with pytest.raises(ArgumentNotSerializable, match=r"others\.add: argument '__type__'"):
+        app.celery.send_task("others.add", kwargs={"__type__": "uuid", "__value__": "x"})
+
+
 VALUES = [
     {"__type__": "uuid"},
     {"__type__": "uuid", "__value__": "x", "more": 1},

@@ -10,7 +10,7 @@ import pytest
 from pyramid.config import Configurator
 
 from ws_celery import get_celery_app
-from ws_celery.app import load_registry
+from ws_celery.applications import load_registry
 from ws_celery.checks import examine
 from ws_celery.cli import main
 from ws_celery.cli.application import load_celery_app

@@ -13,7 +13,7 @@ import pytest
 from celery import _state, signature
 
 from ws_celery import celery_app, get_celery_app, task
-from ws_celery.app import load_registry
+from ws_celery.applications import load_registry
 from ws_celery.cli import main, main_group
 from ws_celery.cli.application import check_schedule, load_celery_app
 from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotFound

@@ -49,10 +49,10 @@ def fail(monkeypatch):
     """Let each publication raise an error."""
 
     def fail(error):
-        def publish(self, producer, **overrides):
+        def publish(producer, publication, **overrides):
             raise error
 
-        monkeypatch.setattr(Publication, "publish", publish)
+        monkeypatch.setattr("ws_celery.publishing.publish", publish)
 
     return fail
 

@@ -24,7 +24,8 @@ from click_didyoumean import DYMGroup
 from kombu.exceptions import OperationalError
 
 from ws_celery import __version__
-from ws_celery.app import INI_VARIABLE, PyramidCelery
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import INI_VARIABLE
 from ws_celery.checks import check_pool
 from ws_celery.cli.application import (
     Options,

@@ -15,7 +15,8 @@ import click
 import plaster
 from celery import signals
 
-from ws_celery.app import INI_VARIABLE, PyramidCelery, get_celery_app, load_registry
+from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.applications import INI_VARIABLE, load_registry
 from ws_celery.beat.sources import check_sources, install
 from ws_celery.checks import explain
 from ws_celery.cli.tables import echo

@@ -23,7 +23,8 @@ import hupper
 import plaster
 from paste.deploy.loadwsgi import ConfigLoader
 
-from ws_celery.app import INI_VARIABLE, get_celery_app, load_registry
+from ws_celery.app import get_celery_app
+from ws_celery.applications import INI_VARIABLE, load_registry
 from ws_celery.cli.application import READY_VARIABLE, explaining, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.worker import LAST_RUNS_VARIABLE

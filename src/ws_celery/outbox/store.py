@@ -40,8 +40,8 @@ from ws_celery.recording import (
     OUTBOX_HEADER,
     ROW_HEADER,
     Publication,
-    held_publications,
     holding,
+    withheld,
 )
 from ws_celery.request import task_request
 from ws_celery.worker import Request
@@ -282,10 +282,6 @@ class Outbox(Database):
 
     # After the commit
 
-    def ready(self, publications: Iterable[Publication]) -> list[Publication]:
-        """Return what is to be published right after the commit."""
-        return [publication for publication in publications if not publication.waits]
-
     def published(self, publications: Iterable[Publication]) -> None:
         """Let go of the rows of tasks that no class of this application runs: they were sent."""
         # Not asked anew: the relay may know other tasks than the process that has dispatched.
@@ -380,7 +376,7 @@ class Outbox(Database):
         """
         named = row_id_in({ROW_HEADER: headers.pop(ROW_HEADER, None)})
         run = self.app.current_worker_task
-        if not named or held_publications() is not None or not run or run.request.id != task_id:
+        if not named or withheld.get() is not None or not run or run.request.id != task_id:
             yield
             return
         with holding() as held:

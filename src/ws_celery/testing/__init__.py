@@ -18,7 +18,8 @@ import pytest
 from pyramid.registry import Registry
 from pyramid.threadlocal import get_current_registry
 
-from ws_celery.app import PyramidCelery, loaded_celery_app
+from ws_celery.app import PyramidCelery
+from ws_celery.applications import loaded_celery_app
 from ws_celery.declaration import TaskProxy
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import calling_request
