@@ -33,7 +33,7 @@ def beat(
         table.create(engine)
         try:
             _fill(engine, table, entries, period)
-            settings = ("ws_celery.beat = true", f"ws_celery.beat.store = {table.name}")
+            settings = ("ws_celery.beat = true", f"ws_celery.beat.table = {table.name}")
             ini = ini_file(services, queue, Path(name), box, *settings)
             return _measure(ini, Path(name, "health"), engine, table, seconds)
         finally:

@@ -305,7 +305,7 @@ class OutboxTableError(TableError):
 class ScheduleTableError(TableError):
     """The table of the schedule is missing, or is not the one that this version needs."""
 
-    words = ("The schedule", "ws-celery schedule create", "ws_celery.beat.store")
+    words = ("The schedule", "ws-celery schedule create", "ws_celery.beat.table")
 
 
 class ReadOnly(WsCeleryError):

@@ -39,7 +39,7 @@ def _switch_on(config: Any) -> None:
             f"[celery] beat_scheduler = {app.conf.beat_scheduler} does not read the schedule in "
             "the database. Take it out, or ws_celery.beat = true."
         )
-    table = our_setting(config.registry.settings, "ws_celery.beat.store", "ws_celery_schedule")
+    table = our_setting(config.registry.settings, "ws_celery.beat.table", "ws_celery_schedule")
     app.schedule = Store(app, table)
 
 

@@ -215,7 +215,7 @@ OUR_SETTINGS: dict[str, Kind] = {
     "ws_celery.commands.timeout": replace(_PATIENCE, example="1h"),
     "ws_celery.beat": BOOL,
     "ws_celery.beat.poll": replace(_PATIENCE, example="2"),
-    "ws_celery.beat.store": replace(
+    "ws_celery.beat.table": replace(
         TEXT, expected="the name of a table, with its schema or without", example="tasks.schedule"
     ),
     "ws_celery.config_uri": replace(
