@@ -128,7 +128,7 @@ def site(
         "pyramid.includes": "pyramid_tm ws_celery" if celery else "pyramid_tm",
         "tm.manager_hook": "pyramid_tm.explicit_manager",
         **(celery or {}),
-        **({"ws_celery.outbox": "true", "ws_celery.outbox.tables": outbox} if outbox else {}),
+        **({"ws_celery.outbox": "true", "ws_celery.outbox.table": outbox} if outbox else {}),
     }
     with ExitStack() as stack:
         application = main({}, **settings)

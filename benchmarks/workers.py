@@ -129,7 +129,7 @@ def ini_file(
 
     :param more: lines of its settings, if it has an outbox.
     """
-    lines = ("ws_celery.outbox = true", f"ws_celery.outbox.tables = {outbox}", *more)
+    lines = ("ws_celery.outbox = true", f"ws_celery.outbox.table = {outbox}", *more)
     ini = directory / f"{queue}.ini"
     ini.write_text(
         INI.format(

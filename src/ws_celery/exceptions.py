@@ -299,7 +299,7 @@ class TableError(WsCeleryError):
 class OutboxTableError(TableError):
     """The table of the outbox is missing, or is not the one that this version needs."""
 
-    words = ("The outbox", "ws-celery outbox create", "ws_celery.outbox.tables")
+    words = ("The outbox", "ws-celery outbox create", "ws_celery.outbox.table")
 
 
 class ScheduleTableError(TableError):

@@ -36,7 +36,7 @@ def _switch_on(config: Any) -> None:
     settings = config.registry.settings
     app.outbox = Outbox(
         app,
-        table=our_setting(settings, "ws_celery.outbox.tables", "ws_celery_outbox"),
+        table=our_setting(settings, "ws_celery.outbox.table", "ws_celery_outbox"),
         lease=our_setting(settings, "ws_celery.outbox.lease", 300.0),
         max_deliveries=our_setting(settings, "ws_celery.outbox.max_deliveries", 10),
     )

@@ -229,7 +229,7 @@ OUR_SETTINGS: dict[str, Kind] = {
     "ws_celery.outbox.lease": replace(_PATIENCE, example="300"),
     "ws_celery.outbox.max_deliveries": whole(1),
     "ws_celery.outbox.poll": replace(_PATIENCE, example="1"),
-    "ws_celery.outbox.tables": replace(
+    "ws_celery.outbox.table": replace(
         TEXT, expected="the name of a table, with its schema or without", example="tasks.outbox"
     ),
     "ws_celery.propagate": replace(
