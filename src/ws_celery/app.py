@@ -35,7 +35,13 @@ from ws_celery.interfaces import ICeleryApp
 from ws_celery.logs import set_up_logging
 from ws_celery.masking import logger_of, masked_text
 from ws_celery.publishing import Publisher
-from ws_celery.recording import Publication, RecordingProducer, blame_argument, refuse_misread
+from ws_celery.recording import (
+    ROW_HEADER,
+    Publication,
+    RecordingProducer,
+    blame_argument,
+    refuse_misread,
+)
 from ws_celery.request import HEADER, Propagation, calling_request, description_of, failing
 from ws_celery.results import fit
 from ws_celery.settings import Configuration, ini_variables, our_setting
@@ -385,9 +391,7 @@ class PyramidCelery(Celery):
         if self.eager is not None:
             self.eager.run(publications)
             return
-        if self.outbox is not None:
-            publications = self.outbox.ready(publications)
-        if publications:
+        if publications := [each for each in publications if not each.waits]:
             self.publisher.publish(publications)
 
     def send_task(
@@ -436,9 +440,9 @@ class PyramidCelery(Celery):
                 options[key] = text
 
     def _keeping_retries(self, options: dict[str, Any]) -> AbstractContextManager[None]:
-        if self.outbox is None:
+        if self.outbox is None or ROW_HEADER not in options["headers"]:
             return nullcontext()
-        keeping: AbstractContextManager[None] = self.outbox.keeping_retries(
+        keeping: AbstractContextManager[None] = self.outbox.runs.keeping_retries(
             options["headers"], options.get("task_id")
         )
         return keeping

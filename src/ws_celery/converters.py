@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ("Refused", "json_value", "moment", "nearest", "period", "untyped", "utc")
+__all__ = ("Refused", "aware", "json_value", "moment", "nearest", "period", "untyped", "utc")
 
 #: Longer than any name, and short enough to be compared with all of them.
 _LONGEST_NAME = 80
@@ -116,6 +116,11 @@ def moment(text: str) -> datetime:
     if found.utcoffset() is not None:
         utc(found)
     return found
+
+
+def aware(time: datetime) -> datetime:
+    """Return a time with its zone: UTC, where none is kept, as by some databases and by Celery."""
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def utc(time: datetime) -> datetime:

@@ -20,6 +20,7 @@ from transaction.interfaces import (
 )
 from zope.interface import implementer
 
+from ws_celery.interfaces import ICeleryApp
 from ws_celery.masking import logger_of
 from ws_celery.recording import Publication, RecordingProducer, held_publications, is_immediate
 
@@ -399,6 +400,39 @@ class Transactions:
         :param own_commits: is told of those that end before ``request`` ceases to be so.
         """
         self.watch(manager, begun=True).manage(request, own_commits)
+
+    def begin(self, app: Any, request: Any, own_commits: OwnCommits | None = None) -> Any:
+        """Begin the transaction of a run, by the manager that pyramid_tm would use.
+
+        :param request: of the run; it is marked as pyramid_tm marks one, for add-ons that ask.
+        :param own_commits: is told of what ends before :meth:`release`.
+        :return: the manager.
+        """
+        manager = getattr(request, "tm", None)
+        if manager is None:
+            manager = transaction.manager
+        if self.begun(manager) is not None:
+            # Eager execution inside the caller's transaction, which is not ours to abort.
+            manager = request.tm = transaction.TransactionManager(explicit=True)
+        request.environ.update({"tm.active": True, "tm.manager": manager})
+        self.manage(manager, request, own_commits)
+        manager.begin().set_data(ICeleryApp, app)  # see current_celery_app()
+        return manager
+
+    def release(self, request: Any) -> None:
+        """Let the transaction of a run be ended by us; nobody is told of that."""
+        for key in ("tm.active", "tm.manager"):
+            request.environ.pop(key, None)
+
+    def abort_leftovers(self, *, begun: bool) -> None:
+        """Abort what something else in this thread has opened and not finished.
+
+        :param begun: also what was begun explicitly; else only a session of the thread that has
+            joined, and would not commit.
+        """
+        self.watch(transaction.manager, begun=False)
+        if begun or self.begun(transaction.manager) is None:
+            transaction.abort()
 
     def begun(self, manager: Any) -> Any:
         """Return the open transaction of ``manager`` that somebody will finish, or ``None``."""

@@ -46,8 +46,7 @@ from ws_celery.exceptions import (
     ScheduleUnreachable,
 )
 from ws_celery.masking import logger_of
-from ws_celery.outbox.store import Database
-from ws_celery.outbox.tables import LongText, Time, aware, seconds_from_now
+from ws_celery.outbox.tables import Database, LongText, Time, aware, seconds_from_now
 
 __all__ = (
     "Listener",

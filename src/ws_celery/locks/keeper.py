@@ -17,6 +17,7 @@ from ws_celery.exceptions import Duplicate, LockHeld, Skipped
 from ws_celery.locks.holding import Held, Holder, Store, store_of
 from ws_celery.locks.rule import rule_of
 from ws_celery.masking import logger_of
+from ws_celery.worker import run_of
 
 if TYPE_CHECKING:
     from ws_celery.locks.rule import OneInstance
@@ -197,7 +198,7 @@ class Locks:
         if context.id is None:
             return LockHeld(held.task, held.key, holder)
         if holder.id == context.id:
-            context.ws_celery_settled = True  # its row is that of the other run
+            run_of(context).is_settled = True  # its row is that of the other run
             return Duplicate(f"{task.name}[{context.id}] runs elsewhere: {holder}")
         skipped = Skipped(held.task, context.id, held.key, holder)
         log.info("%s", skipped)
