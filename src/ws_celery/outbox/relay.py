@@ -282,7 +282,8 @@ class Relay:
     def close(self) -> None:
         """Close the connections to the broker."""
         self._outbox.app.publisher.close()
-        self.canary.close()
+        if "canary" in vars(self):
+            self.canary.close()
 
     def turn(self, wanted: Callable[[], bool] = lambda: True) -> float:
         """Look at the broker, publish all that is due, and return how many seconds to wait then.
