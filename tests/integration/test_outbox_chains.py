@@ -19,7 +19,6 @@ from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, task
 from ws_celery.exceptions import CutOff, Duplicate
-from ws_celery.outbox.relay import Deliveries
 from ws_celery.testing.captured import run_as_worker
 
 
@@ -92,7 +91,7 @@ def perform(app, message):
 
 def send_again(app):
     """Let the relay publish all that is unfinished."""
-    Deliveries(app.celery.outbox).make_all_due()
+    app.celery.outbox.execute(app.celery.outbox.rows.make_all_due, app.celery.outbox.lease)
     app.celery.outbox.relay.turn()
 
 

@@ -284,9 +284,9 @@ def test_a_process_that_dies_after_a_commit_of_its_function_leaves_a_dead_letter
     (rest,) = rows_of(app)
     assert rest.due_at is not None
     assert rest.expires is None  # or the relay would delete it
-    deliveries = Deliveries(app.celery.outbox)
-    deliveries.make_all_due()
-    assert deliveries.lease(10, lambda _queue: 0).publications == []
+    outbox = app.celery.outbox
+    outbox.execute(outbox.rows.make_all_due, outbox.lease)
+    assert Deliveries(outbox).lease(10, lambda _queue: 0).publications == []
     (rest,) = rows_of(app)
     assert rest.due_at is None
     assert "committed by itself" in rest.error
@@ -358,9 +358,9 @@ def test_a_run_that_outlives_its_lease_after_a_commit_of_its_own_ends(
     def long(request):
         insert(request, 1)
         commit(request, 0)
-        deliveries = Deliveries(app.celery.outbox)
-        deliveries.make_all_due()
-        deliveries.lease(10, lambda _queue: 0)
+        outbox = app.celery.outbox
+        outbox.execute(outbox.rows.make_all_due, outbox.lease)
+        Deliveries(outbox).lease(10, lambda _queue: 0)
         (row,) = rows_of(app)
         assert row.due_at is None
         insert(request, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +19,7 @@ from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Row
+    from sqlalchemy import Row
 
     from ws_celery.outbox import Outbox
     from ws_celery.recording import Publication
@@ -136,8 +135,9 @@ def create_outbox(source: Source) -> bool:
 
 def outbox_state(source: Source) -> OutboxState:
     """Look whether the table is there and right, and count its rows."""
-    _outbox(source).check_table()
-    with _connection(source) as (outbox, connection):
+    outbox = _outbox(source)
+    outbox.check_table()
+    with outbox.begin() as connection:
         waiting, dead = outbox.rows.count(connection)
         ahead = (outbox.rows.now(connection) - datetime.now(timezone.utc)).total_seconds()
     return OutboxState(outbox.rows.table.fullname, waiting, dead, ahead)
@@ -151,7 +151,8 @@ def outbox_rows(
     :param dead: only dead letters; with ``False`` only what waits; with ``None`` all.
     :param limit: how many at most.
     """
-    with _connection(source) as (outbox, connection):
+    outbox = _outbox(source)
+    with outbox.begin() as connection:
         statement = outbox.rows.select(dead=dead).limit(limit)
         return [_row(outbox, row) for row in connection.execute(statement)]
 
@@ -161,9 +162,9 @@ def find_outbox_rows(source: Source, name: str) -> list[OutboxRow]:
 
     :raises NoSuchRow: if there is none.
     """
-    with _connection(source) as (outbox, connection):
-        if rows := outbox.rows.find(connection, name):
-            return [_row(outbox, row) for row in rows]
+    outbox = _outbox(source)
+    if rows := outbox.execute(outbox.rows.find, name):
+        return [_row(outbox, row) for row in rows]
     raise NoSuchRow(name)
 
 
@@ -183,7 +184,8 @@ def outbox_row_ids(source: Source, names: Iterable[str]) -> list[UUID]:
 
 def dead_letters(source: Source) -> list[UUID]:
     """Return the ids of all dead letters, the oldest first."""
-    with _connection(source) as (outbox, connection):
+    outbox = _outbox(source)
+    with outbox.begin() as connection:
         statement = outbox.rows.select(dead=True).with_only_columns(outbox.rows.table.c.id)
         return list(connection.execute(statement).scalars())
 
@@ -194,9 +196,9 @@ def retry_outbox_rows(source: Source, ids: Iterable[UUID]) -> Retried:
     What the broker does not take is due at once, so that a relay sends it. What has a far eta waits
     for it in the table.
     """
-    outcome = Retried()
+    outbox, outcome = _outbox(source), Retried()
     for batch in _batches(ids):
-        with _connection(source) as (outbox, connection):
+        with outbox.begin() as connection:
             rows = outbox.rows.lock(connection, batch)
             due: dict[UUID, float] = {}
             publications: list[Publication] = []
@@ -223,11 +225,8 @@ def discard_outbox_rows(source: Source, ids: Iterable[UUID]) -> int:
 
     :return: how many; what a running task has is not deleted.
     """
-    discarded = 0
-    for batch in _batches(ids):
-        with _connection(source) as (outbox, connection):
-            discarded += outbox.rows.delete(connection, batch)
-    return discarded
+    outbox = _outbox(source)
+    return sum(outbox.execute(outbox.rows.delete, batch) for batch in _batches(ids))
 
 
 def _outbox(source: Source) -> Outbox:
@@ -235,13 +234,6 @@ def _outbox(source: Source) -> Outbox:
     if outbox is None:
         raise OutboxNotOn
     return outbox
-
-
-@contextmanager
-def _connection(source: Source) -> Iterator[tuple[Outbox, Connection]]:
-    outbox = _outbox(source)
-    with outbox.begin() as connection:
-        yield outbox, connection
 
 
 def _batches(ids: Iterable[UUID]) -> Iterator[Sequence[UUID]]:

@@ -134,18 +134,7 @@ class Deliveries:
 
     def release(self, ids: Iterable[UUID], *, now: bool = True) -> None:
         """Undo the count of messages that were not sent; they are due now, or after their lease."""
-        with self._outbox.begin() as connection:
-            self._rows.release(connection, ids, now=now)
-
-    def make_all_due(self) -> int:
-        """Make all that is unfinished due now, but for far etas; return how many that are."""
-        with self._outbox.begin() as connection:
-            return self._rows.make_all_due(connection, self._outbox.lease)
-
-    def seconds_until_due(self) -> float | None:
-        """Return in how many seconds the next row is due, or ``None`` if there is none."""
-        with self._outbox.begin() as connection:
-            return self._rows.seconds_until_due(connection)
+        self._outbox.execute(self._rows.release, ids, now=now)
 
     def _early(self, rows: Sequence[Row[Any]]) -> dict[UUID, float]:
         """Return what waits for a far eta still: by id, in how many seconds it is due."""
@@ -204,8 +193,8 @@ class Deliveries:
         # What is in a queue is what was sent last: as many of the youngest as it is long.
         if not length:
             return []
-        with self._outbox.begin() as connection:
-            since = self._rows.waiting_since(connection, queue, length, self._outbox.lease)
+        outbox = self._outbox
+        since = outbox.execute(self._rows.waiting_since, queue, length, outbox.lease)
         return [row for row in sent if since is None or row.created_at >= since]
 
 
@@ -334,7 +323,8 @@ class Relay:
             return
         if not self.canary.is_there():
             self.canary.declare_all()
-            self._log_loss(self._deliveries.make_all_due())
+            outbox = self._outbox
+            self._log_loss(outbox.execute(outbox.rows.make_all_due, outbox.lease))
             # Last: who dies before leaves the loss to be seen.
             self.canary.put()
         elif self._broker.error:
@@ -362,7 +352,7 @@ class Relay:
         return batch.leased == self.batch
 
     def _wait(self) -> float:
-        due = self._deliveries.seconds_until_due()
+        due = self._outbox.execute(self._outbox.rows.seconds_until_due)
         # What is due still is locked by a task that runs.
         return self.poll if due is None or due <= 0 else min(due, self.poll)
 

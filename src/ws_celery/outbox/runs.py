@@ -6,9 +6,9 @@ transaction may be made twice, and its chain goes on once: :class:`Unclaimed`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID, uuid4
 
 from celery.canvas import signature
@@ -44,6 +44,9 @@ __all__ = (
 )
 
 log = logger_of(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _ELSEWHERE = "has run elsewhere, or was given up"
 
@@ -266,7 +269,7 @@ class Claim(RunWithRow):
             return
         if self._task.request.expires is not None:
             self._outbox.attempt(rows.forget_expiry, self._row_id)
-        if not self._outbox.in_session(self._session, txn, rows.is_there, self._row_id):
+        if not self._execute(txn, rows.is_there, self._row_id):
             raise self._without_row(txn, "has run, or is a dead letter")
 
     def end(self, txn: Transaction) -> None:
@@ -281,16 +284,26 @@ class Claim(RunWithRow):
         rows = self._outbox.rows
         if self.has_committed:
             # Nobody but this run has the row of its rest, which may have become a dead letter.
-            found = self._outbox.in_session(self._session, txn, rows.delete, [self._row_id]) == 1
+            found = self._execute(txn, rows.delete, [self._row_id]) == 1
         else:
-            found = self._outbox.in_session(self._session, txn, rows.claim, self._row_id)
+            found = self._execute(txn, rows.claim, self._row_id)
         if not found:
             raise self._without_row(txn, otherwise)
         self._txn = txn
 
     def _without_row(self, txn: Transaction, reason: str) -> Exception:
-        self._outbox.in_session(self._session, txn, self._outbox.find_place)
+        self._execute(txn, self._outbox.find_place)
         return self.without_row(reason)
+
+    def _execute(
+        self,
+        txn: Transaction,
+        statement: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        outbox = self._outbox
+        return outbox.execute_in_session(self._session, txn, statement, *args, **kwargs)
 
     @property
     def _session(self) -> Session:
@@ -310,7 +323,7 @@ class Claim(RunWithRow):
         :raises Duplicate: if another run has committed meanwhile.
         """
         if not self.has_committed:
-            self._outbox.in_session(self._session, txn, self._claim_and_write_rest, txn)
+            self._execute(txn, self._claim_and_write_rest, txn)
 
     def _claim_and_write_rest(self, connection: Connection, txn: Transaction) -> None:
         rows = self._outbox.rows

@@ -145,8 +145,7 @@ class Outbox(Database):
     def keep_late(self, publications: Iterable[Publication]) -> None:
         """Write the rows of messages whose own transaction is over, or send them without a row."""
         try:
-            with self.begin() as connection:
-                self.keep(connection, publications)
+            self.execute(self.keep, publications)
         except self.errors:
             log.exception("The outbox could not be written; the tasks are sent without a row")
             for publication in publications:
@@ -252,10 +251,7 @@ class Outbox(Database):
         :param headers: those of each message, which may have no row.
         """
         ids = self.row_ids(headers)
-        if not ids:
-            return 0
-        with self.begin() as connection:
-            return self.rows.delete(connection, ids)
+        return self.execute(self.rows.delete, ids) if ids else 0
 
     def row_ids(self, headers: Iterable[Mapping[str, Any]]) -> list[UUID]:
         """Return the ids of the rows that messages with these headers belong to."""
@@ -276,8 +272,7 @@ class Outbox(Database):
         It does not raise: the caller's transaction has ended.
         """
         try:
-            with self.begin() as connection:
-                return statement(connection, *args, **kwargs)
+            return self.execute(statement, *args, **kwargs)
         except self.errors:
             log.exception("The outbox could not be written; the relay will look at it later")
             return None
@@ -375,7 +370,7 @@ class Journal:
         if publications:
             self._written.update(publication.row_id for publication in publications)
             outbox = self._outbox
-            outbox.in_session(self._session, self._txn, outbox.write, publications)
+            outbox.execute_in_session(self._session, self._txn, outbox.write, publications)
 
 
 def _fits(name: object) -> bool:

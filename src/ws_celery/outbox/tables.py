@@ -236,6 +236,19 @@ class Database:
             self._explain(error)
             raise
 
+    def execute(
+        self,
+        statement: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run a statement in a transaction of our own, which commits it; see :meth:`begin`.
+
+        :return: what ``statement(connection, ...)`` returns.
+        """
+        with self.begin() as connection:
+            return statement(connection, *args, **kwargs)
+
     def _connect(self) -> Connection:
         try:
             return self.engine.connect()
@@ -265,7 +278,7 @@ class Database:
         found: Session = session() if isinstance(session, scoped_session) else session
         return found
 
-    def in_session(
+    def execute_in_session(
         self,
         session: Session,
         txn: Transaction,
