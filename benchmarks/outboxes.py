@@ -174,7 +174,7 @@ def _claim_and_sweep(engine: Any, name: str) -> float:
         with engine.begin() as connection:
             rows.claim(connection, row["id"])
         with engine.begin() as connection:
-            rows.take_due(connection, 100)
+            rows.lease_due(connection, 100)
     return monotonic() - begin
 
 

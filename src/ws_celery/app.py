@@ -272,7 +272,7 @@ class PyramidCelery(Celery):
     def _keeping_retries(self, options: Mapping[str, Any]) -> AbstractContextManager[None]:
         if self.outbox is None or ROW_HEADER not in options["headers"]:
             return nullcontext()
-        return self.outbox.keeping_retries(options["headers"], options.get("task_id"))
+        return self.outbox.runs.keeping_retries(options["headers"], options.get("task_id"))
 
     def backend_class(self) -> tuple[type[Backend], str | None]:
         """Return the class of the result backend, and its URL: one that is made may connect."""

@@ -1,14 +1,21 @@
-"""Celery's remote control, but that what it takes away does not come back from the outbox."""
+"""Celery's remote control, but that what it removes does not come back from the outbox."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from celery.app.control import Control as CeleryControl
 
 from ws_celery.compat import priority_queue
+
+if TYPE_CHECKING:
+    from kombu import Connection
+    from kombu.transport.base import StdChannel
+    from kombu.transport.redis import Channel
+
+    from ws_celery.app import PyramidCelery
 
 __all__ = (
     "Control",
@@ -17,7 +24,7 @@ __all__ = (
     "purge",
 )
 
-#: How many messages are taken, or read, in one step.
+#: How many messages are removed, or read, in one step.
 BATCH = 1000
 
 
@@ -30,7 +37,7 @@ class RedisQueues:
     :param channel: of kombu's transport ``redis``.
     """
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._client = channel.client
 
@@ -43,7 +50,7 @@ class RedisQueues:
             return dict(zip(steps, pipe.execute(), strict=True))
 
     def next(self, queue: str, limit: int) -> list[bytes]:
-        """Return the messages that are taken next, as they are, and leave them there."""
+        """Return the messages that are consumed next, as they are, and leave them there."""
         found: list[bytes] = []
         for key in self._keys("LRANGE", queue):
             if left := limit - len(found):
@@ -57,20 +64,20 @@ class RedisQueues:
                 pipe.lindex(key, -1)
             return [raw for raw in pipe.execute() if raw is not None]
 
-    def take(self, queue: str) -> Iterator[list[bytes]]:
-        """Take what waits in a queue, in batches; what comes meanwhile may stay."""
+    def remove(self, queue: str) -> Iterator[list[bytes]]:
+        """Remove what waits in a queue, in batches; what comes meanwhile may stay."""
         for step, length in self.lengths(queue).items():
             name = priority_queue(self._channel, queue, step)
             for _ in range(0, length, BATCH):
-                yield self._take(name)
+                yield self._remove(name)
 
-    def _take(self, name: str) -> list[bytes]:
+    def _remove(self, name: str) -> list[bytes]:
         # One transaction: a worker that pops at the same time gets other messages.
         with self._client.pipeline() as pipe:
             pipe.lrange(self._key("LRANGE", name), -BATCH, -1)
             pipe.ltrim(self._key("LTRIM", name), 0, -BATCH - 1)
-            taken: list[bytes] = pipe.execute()[0]
-        return taken
+            removed: list[bytes] = pipe.execute()[0]
+        return removed
 
     def unacked(self, most: int) -> list[tuple[str, str]] | None:
         """Return exchange and routing key of each message that a worker has in hand.
@@ -95,7 +102,7 @@ class RedisQueues:
         return name if command in prefixed else f"{self._channel.global_keyprefix}{name}"
 
 
-def headers_in(raw: Any) -> Mapping[str, Any]:
+def headers_in(raw: str | bytes) -> Mapping[str, Any]:
     """Return the headers of a message as it lies in a queue; none if it is not kombu's."""
     try:
         headers = json.loads(raw)["headers"]
@@ -105,9 +112,9 @@ def headers_in(raw: Any) -> Mapping[str, Any]:
 
 
 class Control(CeleryControl):
-    """``app.control``: revoking and purging settle the rows of the outbox, if there is one."""
+    """``app.control``: revoking and purging delete the rows of the outbox, if there is one."""
 
-    def purge(self, connection: Any = None) -> int:
+    def purge(self, connection: Connection | None = None) -> int:
         """Discard what waits in the queues that a worker would consume from, as in Celery.
 
         ``ws-celery worker --purge`` calls it.
@@ -121,11 +128,16 @@ class Control(CeleryControl):
             for queue in self.app.amqp.queues.consume_from.values():
                 queue(connected.default_channel).declare()
             names = list(self.app.amqp.queues.consume_from)
-            return sum(taken for name in names for taken, _ in purge(self.app, connected, name))
+            return sum(count for name in names for count, _ in purge(self.app, connected, name))
 
     discard_all = purge
 
-    def revoke(self, task_id: Any, destination: Any = None, **options: Any) -> Any:
+    def revoke(
+        self,
+        task_id: str | Iterable[str],
+        destination: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Any:
         """Tell workers not to run a task, as in Celery.
 
         Workers forget what was revoked when they stop. With the outbox the task's row is deleted,
@@ -139,7 +151,7 @@ class Control(CeleryControl):
         return super().revoke(task_id, destination, **options)
 
 
-def purge(app: Any, connection: Any, queue: str) -> Iterator[tuple[int, int]]:
+def purge(app: PyramidCelery, connection: Connection, queue: str) -> Iterator[tuple[int, int]]:
     """Discard what waits in a queue, step by step; with the outbox, its rows as well.
 
     :return: of each step, how many messages and how many rows.
@@ -150,26 +162,26 @@ def purge(app: Any, connection: Any, queue: str) -> Iterator[tuple[int, int]]:
         yield channel.queue_purge(queue) or 0, 0
         return
     app.outbox.check_table()
-    for headers in _taken(channel, connection.transport.driver_type, queue):
+    for headers in _removed(channel, connection.transport.driver_type, queue):
         yield len(headers), app.outbox.discard(headers)
 
 
-def _taken(channel: Any, kind: str, queue: str) -> Iterator[list[Mapping[str, Any]]]:
+def _removed(channel: StdChannel, kind: str, queue: str) -> Iterator[list[Mapping[str, Any]]]:
     if kind == "redis":
-        for messages in RedisQueues(channel).take(queue):
+        for messages in RedisQueues(channel).remove(queue):
             yield [headers_in(raw) for raw in messages]
         return
     waiting = channel.queue_declare(queue, passive=True)[1]
     for start in range(0, waiting, BATCH):
-        yield list(_got(channel, queue, min(BATCH, waiting - start)))
+        yield list(_fetched(channel, queue, min(BATCH, waiting - start)))
 
 
-def _got(channel: Any, queue: str, most: int) -> Iterable[Mapping[str, Any]]:
+def _fetched(channel: StdChannel, queue: str, most: int) -> Iterable[Mapping[str, Any]]:
     for _ in range(most):
         try:
             message = channel.basic_get(queue, no_ack=True)
         except (KeyError, TypeError, ValueError):
-            yield {}  # taken, and not kombu's
+            yield {}  # removed, and not kombu's
             continue
         if message is None:
             return

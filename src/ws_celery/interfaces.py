@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ws_celery.beat.entries import Known
     from ws_celery.locks import Holder
-    from ws_celery.outbox.journal import Journal
+    from ws_celery.outbox.store import Journal
     from ws_celery.recording import Publication
 
 __all__ = (

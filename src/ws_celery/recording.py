@@ -35,7 +35,7 @@ from ws_celery.request import Args, Kwargs
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
-    from ws_celery.outbox.journal import Journal
+    from ws_celery.outbox.store import Journal
 
 __all__ = (
     "DELAYING_EXCHANGE",

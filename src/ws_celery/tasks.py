@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import transaction
 from celery import Task
@@ -31,6 +32,13 @@ from ws_celery.request import (
     task_request,
 )
 from ws_celery.signatures import hide_request
+from ws_celery.worker import Run, run_of
+
+if TYPE_CHECKING:
+    from celery.canvas import Signature
+    from pyramid.request import Request as PyramidRequest
+
+    from ws_celery.locks import OneInstance
 
 __all__ = (
     "RequestAwareTask",
@@ -39,7 +47,9 @@ __all__ = (
 )
 
 
-def arguments_of_retry(task: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def arguments_of_retry(
+    task: Task, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[Sequence[Any] | None, dict[str, Any] | None]:
     """Complete what ``retry()`` was given by what the run was given.
 
     Celery does this as well, but counts the request among the arguments.
@@ -54,8 +64,8 @@ def arguments_of_retry(task: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     old_args, old_kwargs = task.request.args or (), task.request.kwargs or {}
     names = _positional_names(task.run)
     if kwargs is None:
-        taken = names[: len(new_args)]
-        kept = {name: value for name, value in old_kwargs.items() if name not in taken}
+        replaced = names[: len(new_args)]
+        kept = {name: value for name, value in old_kwargs.items() if name not in replaced}
         return new_args, kept
     if args is None:
         merged = [new_kwargs.pop(name, value) for name, value in zip(names, old_args, strict=False)]
@@ -96,12 +106,15 @@ class RequestAwareTask(Task):
     #: What a worker makes of its messages.
     Request = "ws_celery.worker:Request"
 
-    #: Whether its function gets a request that its messages do not have; saying so for a task whose
-    #: function has another name than ``request`` for it tells that this is meant.
+    #: Whether its function gets a request that its messages do not have. Set it where the function
+    #: has another name than ``request`` for it, so that ``check`` has no doubt.
     takes_request = True
 
     #: Whether the outbox keeps what is dispatched, if the application has one.
     outbox = True
+
+    #: Whether a run commits: whether it is one of a TransactionalTask.
+    _commits = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -109,18 +122,24 @@ class RequestAwareTask(Task):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run in place if a request is given, else as the worker does, with one of its own."""
-        request, args, kwargs = split_request(args, kwargs)
-        if request is not None:
-            with calling(request):
-                return super().__call__(request, *args, **kwargs)
-        context = self.request
-        if context.called_directly or getattr(context, "ws_celery_running", False):
-            return self._run_for_celery(args, kwargs)
-        context.ws_celery_running = True
+        run = run_of(self.request)
+        if self.request.called_directly or run.is_running:
+            return self._call_in_place(args, kwargs)
+        run.is_running = True
         try:
-            return self._run_alone(args, kwargs)
+            return self._run_alone(run, args, kwargs)
         except (Ignore, Reject) as error:
-            raise _readable(error) from error.__cause__
+            raise _picklable_end(error) from error.__cause__
+        except TypeError as error:
+            _explain_request(self, error)
+            raise
+
+    def _call_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        request, args, kwargs = split_request(args, kwargs)
+        if request is None:
+            return self._run_for_celery(args, kwargs)
+        with calling(request):
+            return super().__call__(request, *args, **kwargs)
 
     def _run_for_celery(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run what Celery calls like a function: a callback for errors, an item of ``map()``."""
@@ -134,74 +153,74 @@ class RequestAwareTask(Task):
         context = {
             "headers": {HEADER: description} if description else None,
             "is_eager": callers[0].is_eager,
-            "ws_celery_running": True,
         }
         push_current_task(self)
         self.push_request(args=args, kwargs=kwargs, **context)
+        run = run_of(self.request)
+        run.is_running = True
         try:
             with failing(None):
-                return self._run_alone(args, kwargs)
+                return self._run_alone(run, args, kwargs)
+        except TypeError as error:
+            _explain_request(self, error)
+            raise
         finally:
             self.pop_request()
             pop_current_task()
 
     def _callers(self) -> Iterator[Context]:
-        """Tell for which runs Celery calls: the one that has failed, that of ``map()``; or none."""
+        """Yield the runs for which Celery calls: the one that has failed, that of ``map()``."""
         failed, caller = failed_run(), self.app.current_worker_task
         if failed is not None:
             yield failed
         if caller is not None and (failed is not None or caller.name in _CALLERS):
             yield caller.request
 
-    def _run_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run with the lock of ``@one_instance``, until after the transaction has ended."""
+    @cached_property
+    def _run_alone(self) -> Callable[[Run, tuple[Any, ...], dict[str, Any]], Any]:
+        """What runs the task: with the lock of ``@one_instance``, if it is to have one."""
         rule = rule_of(self)
-        with _naming_request(self):
-            if rule is None:
-                return self._run_as_task(args, kwargs)
-            with self.app.locks.hold(self, rule, args, kwargs):
-                return self._run_as_task(args, kwargs)
+        return self._run_as_task if rule is None else partial(self._run_with_lock, rule)
 
-    def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._abandon_leftovers()
-        run = self.request.ws_celery_run = self.app.outbox and self.app.outbox.unclaimed(self)
-        if run is not None:
-            run.begin()
-        with self._task_request() as request:
-            result = self.run(request, *args, **kwargs)
-        self._ensure_lock()
-        if run is not None:
-            run.end(result)
-        return result
+    def _run_with_lock(
+        self, rule: OneInstance, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Hold the lock until after the transaction has ended."""
+        with self.app.locks.hold(self, rule, args, kwargs) as run.lock:
+            return self._run_as_task(run, args, kwargs)
 
-    def _ensure_lock(self) -> None:
-        """Fail if the lock of ``@one_instance`` is lost, and that is not to be borne."""
-        if (held := getattr(self.request, "one_instance", None)) is not None:
-            held.ensure()
-
-    def _abandon_leftovers(self) -> None:
-        """Abort what something else in this thread has opened and not finished."""
+    def _run_as_task(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run; with the outbox, what follows takes the place of the run's row."""
         self.app.transactions.watch(transaction.manager, begun=False)
         if not self.request.is_eager:
-            transaction.abort()
+            transaction.abort()  # what something else in this thread has opened and not finished
+        outbox = self.app.outbox
+        unclaimed = run.unclaimed = outbox and outbox.runs.unclaimed(self)
+        if unclaimed is not None:
+            unclaimed.begin()
+        with self._task_request(run) as request:
+            result = self.run(request, *args, **kwargs)
+        if run.lock is not None:
+            run.lock.ensure()
+        if unclaimed is not None:
+            unclaimed.end(result)
+        return result
 
     @contextmanager
-    def _task_request(self) -> Iterator[Any]:
+    def _task_request(self, run: Run) -> Iterator[PyramidRequest]:
         """Make the request of a run; abort what is open when it is over, begun or not."""
-        description = description_of(self.request)
-        caller = calling_request()
-        if description is None and self.request.is_eager and caller is not None:
-            description = self.app.propagation.describe(caller)
+        app, context = self.app, self.request
+        description = description_of(context)
+        if description is None and context.is_eager and (caller := calling_request()) is not None:
+            description = app.propagation.describe(caller)
         # An eager run must not meet the transaction of its caller, which is not ours to abort.
-        with manager_of_its_own() if self.request.is_eager else nullcontext():
+        with manager_of_its_own() if context.is_eager else nullcontext():
             managers = [transaction.manager]
             try:
-                with task_request(
-                    self.app.registry, self.app.propagation, description or {}
-                ) as request:
+                with task_request(app.registry, app.propagation, description or {}) as request:
                     managers.append(getattr(request, "tm", transaction.manager))
-                    if (held := getattr(self.request, "one_instance", None)) is not None:
-                        request.one_instance = held
+                    if run.lock is not None:
+                        request.one_instance = run.lock
                     yield request
             finally:
                 for manager in managers:
@@ -223,9 +242,8 @@ class RequestAwareTask(Task):
             with calling(request):
                 return super().apply_async(args, kwargs, *starargs, **options)
         except TypeError as error:
-            if (problem := problem_of_request(self)) is None:
-                raise
-            raise TypeError(f"{error}: {problem}.") from error
+            _explain_request(self, error)
+            raise
 
     def delay_many(self, calls: Iterable[Sequence[Any]]) -> GroupResult:
         """Dispatch once for each tuple of arguments; see :meth:`apply_async_many`.
@@ -281,49 +299,46 @@ class RequestAwareTask(Task):
         would be lost with it.
         """
         args, kwargs = arguments_of_retry(self, args, kwargs)
-        row_id = self._row_id()
-        if row_id is None:
+        outbox, context = self.app.outbox, self.request
+        if outbox is None or not outbox.runs.has_row(context):
             with immediately():
                 return super().retry(args=args, kwargs=kwargs, **options)
-        if self._retries_by_commit(options):
-            # A dispatch like others has a row of its own.
-            headers = dict(options.pop("headers", None) or self.request.headers)
+        if self._commits and not options.get("throw", True):
+            # The run goes on and commits: a dispatch like others, with a row of its own.
+            headers = dict(options.pop("headers", None) or context.headers)
             headers.pop(ROW_HEADER, None)
             return super().retry(args=args, kwargs=kwargs, headers=headers, **options)
-        held: list[Any] = []
+        held: list[Publication] = []
         try:
             with holding() as held:
                 return super().retry(args=args, kwargs=kwargs, **options)
         finally:
-            if retry := self.app.outbox.retry_of(self.request, held):
-                self._retry_by_row(retry)
+            if retry := outbox.runs.retry_of(context, held):
+                self._keep_retry(retry)
 
-    def on_replace(self, sig: Any) -> Any:
+    def _keep_retry(self, retry: Publication) -> None:
+        run = run_of(self.request)
+        if run.manager is None:
+            self.app.outbox.runs.retry(self.request, [retry])
+        else:
+            # The row is locked by this transaction: another worker would take the message, find
+            # nothing, and the retry would be gone.
+            run.retries.append(retry)
+
+    def on_replace(self, sig: Signature) -> Any:
         """Send what takes the place of this run, as in Celery; it takes the place of its row."""
-        run = getattr(self.request, "ws_celery_run", None)
-        if run is None or self.request.is_eager:
+        unclaimed = run_of(self.request).unclaimed
+        if unclaimed is None or self.request.is_eager:
             return super().on_replace(sig)
         try:
             with holding() as held:
                 return super().on_replace(sig)
         except Ignore:
-            run.hand_over(held)
+            unclaimed.hand_over(held)
             raise
 
-    def _row_id(self) -> Any:
-        outbox = self.app.outbox
-        return None if outbox is None else outbox.row_id_of(self.request)
 
-    def _retry_by_row(self, retry: Publication) -> None:
-        """Let the row of the run hold its retry, so that it is sent whatever happens."""
-        self.app.outbox.retry(self.request, [retry])
-
-    def _retries_by_commit(self, options: Any) -> bool:  # noqa: ARG002 - for the other class
-        """Tell whether a retry is a dispatch like others, because the run goes on and commits."""
-        return False
-
-
-def _readable(error: Ignore | Reject) -> Exception:
+def _picklable_end(error: Ignore | Reject) -> Exception:
     """Return what the worker's main process can unpickle; an error that it cannot ends its work.
 
     Celery sees to that for failures, and not for what ends a run otherwise.
@@ -331,11 +346,11 @@ def _readable(error: Ignore | Reject) -> Exception:
     error.args = tuple(map(_picklable, error.args))
     if isinstance(error, Reject):
         error.reason = _picklable(error.reason)
-    readable: Exception = _picklable(error)
-    return readable
+    picklable: Exception = _picklable(error)
+    return picklable
 
 
-def _picklable(value: Any) -> Any:
+def _picklable(value: object) -> Any:
     return get_pickleable_exception(value) if isinstance(value, Exception) else value
 
 
@@ -367,12 +382,7 @@ def _says_that_it_takes_one(cls: type) -> bool:
     return any("takes_request" in vars(each) for each in own)
 
 
-@contextmanager
-def _naming_request(task: Task) -> Iterator[None]:
-    """Let a TypeError tell of the request, where the function of the task does not seem to."""
-    try:
-        yield
-    except TypeError as error:
-        if (problem := problem_of_request(task)) is None:
-            raise
+def _explain_request(task: Task, error: TypeError) -> None:
+    """Raise an error that names the request, if the function of a task does not seem to take it."""
+    if problem := problem_of_request(task):
         raise TypeError(f"{error}: {problem}.") from error

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import transaction
 from celery.exceptions import Ignore
 from transaction.interfaces import NoTransaction
 
 from ws_celery.exceptions import Abandoned, ConfigurationError
-from ws_celery.interfaces import ICeleryApp
 from ws_celery.recording import Publication, holding, immediate
 from ws_celery.tasks import RequestAwareTask
 from ws_celery.transactions import raising_interruptions
+from ws_celery.worker import Run, run_of
+
+if TYPE_CHECKING:
+    from celery.canvas import Signature
+    from pyramid.request import Request
+    from transaction import TransactionManager
+
+    from ws_celery.app import PyramidCelery
 
 __all__ = (
     "TransactionalTask",
@@ -27,8 +34,8 @@ __all__ = (
 _NUMBERS = dict.fromkeys(("pymysql", "MySQLdb", "mysql", "mariadb", "asyncmy"), (1020, 1205, 1213))
 
 
-def is_conflict(manager: Any, error: BaseException) -> bool:
-    """Tell whether the transaction that raised ``error`` may succeed when it is run again.
+def is_conflict(manager: TransactionManager, error: BaseException) -> bool:
+    """Return whether the transaction that raised ``error`` may succeed when it is run again.
 
     :param manager: the transaction's manager. Ask before the abort, which makes the transaction
         forget its data managers.
@@ -38,7 +45,7 @@ def is_conflict(manager: Any, error: BaseException) -> bool:
     return _is_known_to(manager, error) or _is_marked(error) or _is_of_driver(error)
 
 
-def _is_known_to(manager: Any, error: Exception) -> bool:
+def _is_known_to(manager: TransactionManager, error: Exception) -> bool:
     try:
         return bool(manager.get().isRetryableError(error))
     except NoTransaction:
@@ -79,12 +86,14 @@ class TransactionalTask(RequestAwareTask):
 
     abstract = True
 
+    _commits = True
+
     #: When the run claims its row in the outbox: ``"early"``, as it begins, or ``"late"``, just
     #: before the commit, so that a long task does not hold a lock while it runs.
     acknowledge = "early"
 
     @classmethod
-    def bind(cls, app: Any) -> Any:
+    def bind(cls, app: PyramidCelery) -> Any:
         """Make this the task's class in ``app``; Celery calls it.
 
         :raises ConfigurationError: if ``acknowledge`` is not ``"early"`` or ``"late"``.
@@ -99,179 +108,139 @@ class TransactionalTask(RequestAwareTask):
             )
         return bound
 
-    def _abandon_leftovers(self) -> None:
-        super()._abandon_leftovers()
-        if self.request.is_eager and self.app.transactions.begun(transaction.manager) is None:
-            transaction.abort()  # a session of the thread that had joined would not commit
-
-    def _run_as_task(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._abandon_leftovers()
-        attempts_left = retry_attempts(self.app.registry.settings)
-        claim = self.app.outbox and self.app.outbox.claim(self)
+    def _run_as_task(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begin, claim, run, follow up, claim if it is late, commit; on an error try again."""
+        app = self.app
+        run.attempts_left = retry_attempts(app.registry.settings)
+        claim = run.claim = app.outbox and app.outbox.runs.claim(self)
+        app.transactions.abort_leftovers(begun=not self.request.is_eager)
         while True:
-            attempts_left -= 1
-            with raising_interruptions(), self._task_request() as request:
-                manager = self._begin(request, claim)
-                self.request.update(
-                    ws_celery_manager=manager,
-                    ws_celery_attempts=attempts_left,
-                    ws_celery_replacement=[],
-                )
+            run.attempts_left -= 1
+            with raising_interruptions(), self._task_request(run) as request:
+                run.manager = app.transactions.begin(request, claim)
                 try:
-                    return self._run_and_commit(manager, request, args, kwargs, claim)
-                except BaseException as error:
-                    if isinstance(error, Ignore) and not isinstance(error, Abandoned):
-                        raise  # it has committed
-                    conflict = is_conflict(manager, error)
-                    cut_off = claim is not None and claim.is_cut_off(error)
-                    if claim is not None and claim.has_committed:
-                        conflict = cut_off = False  # a run in place would have its effect again
-                    self._abort(manager, request)
-                    retries = self._take_retries()
-                    if not (conflict or cut_off):
-                        self._send_retries(retries)
+                    if claim is not None:
+                        claim.begin(request, run.manager.get())
+                    try:
+                        result = self.run(request, *args, **kwargs)
+                    except Ignore:
+                        self._commit(run, request)
                         raise
-                    if not attempts_left:
-                        raise (claim.leave() if cut_off else self.retry(exc=error)) from error
+                    self._commit(run, request, claim and partial(claim.follow_up, result))
+                except BaseException as error:
+                    if _has_committed(error) or not self._abort(run, request, error):
+                        raise
+                else:
+                    return result
 
-    def retry(self, *args: Any, exc: Any = None, **options: Any) -> Any:
+    def _commit(
+        self, run: Run, request: Request, follow_up: Callable[[], None] | None = None
+    ) -> None:
+        """Commit, or abort what is doomed; what follows the run commits with the claim."""
+        if run.lock is not None:
+            run.lock.ensure()
+        if _is_ended(run.manager):
+            self._begin_again(run, request)
+        if run.manager.isDoomed():
+            if self._abort_doomed(run, request):
+                follow_up = None  # the row is the retry's
+            if not (run.replacement or follow_up):
+                return
+            # Without its effect, but once: what follows it is a dispatch.
+            self._begin_again(run, request)
+        # A function that has caught the Retry goes on: another dispatch of this commit.
+        if publications := [*run.retries, *run.replacement]:
+            run.retries.clear()
+            self._dispatch(request, publications)
+        if run.claim is not None:
+            if follow_up is not None:
+                follow_up()
+            run.claim.end(run.manager.get())
+        self.app.transactions.release(request)
+        run.manager.commit()
+        if run.claim is not None:
+            # Not before: a run whose commit fails is tried again, with its callbacks and its chain.
+            run.is_settled = True
+            self.request.callbacks = self.request.chain = None
+
+    def _begin_again(self, run: Run, request: Request) -> None:
+        run.manager = self.app.transactions.begin(request, run.claim)
+
+    def _dispatch(self, request: Request, publications: list[Publication]) -> None:
+        recorder = self.app.transactions.recorder(request)
+        if recorder is not None:
+            recorder.record(publications)
+        else:  # inside of immediately()
+            self.app.publish(publications)
+
+    def _abort_doomed(self, run: Run, request: Request) -> bool:
+        """Abort; return whether a retry has the row then."""
+        self.app.transactions.release(request)
+        run.manager.abort()
+        if not run.retries:
+            return False
+        self._send_retries(run)
+        run.claim = None
+        return True
+
+    def _abort(self, run: Run, request: Request, error: BaseException) -> bool:
+        """Abort; return whether the run is to be made again in place.
+
+        :raises Retry: if it would be, once too often: Celery is to make it again.
+        :raises Abandoned: likewise, if the database is not there; the relay sends its row again.
+        """
+        claim, manager = run.claim, run.manager
+        conflict = is_conflict(manager, error)
+        cut_off = claim is not None and claim.is_cut_off(error)
+        if claim is not None and claim.has_committed:
+            conflict = cut_off = False  # a run in place would have its effect again
+        self.app.transactions.release(request)
+        with suppress(NoTransaction):  # the function has ended it
+            manager.abort()
+        run.manager = None
+        if not (conflict or cut_off):
+            self._send_retries(run)
+            return False
+        run.retries.clear()
+        run.replacement.clear()
+        if not run.attempts_left:
+            raise (claim.leave() if claim and cut_off else self.retry(exc=error)) from error
+        return True
+
+    def _send_retries(self, run: Run) -> None:
+        """Send what the function has asked for: one retry, or more if it has caught them."""
+        if run.retries:
+            retries, run.retries = run.retries, []
+            self.app.outbox.runs.retry(self.request, retries)
+
+    def retry(self, *args: Any, exc: BaseException | None = None, **options: Any) -> Any:
         """Send the task again and end this run; see :meth:`RequestAwareTask.retry`.
 
         A conflict as its reason is tried again in place first: ``autoretry_for=(Exception,)``
         catches it before the transaction can.
         """
-        context = self.request
-        manager = getattr(context, "ws_celery_manager", None)
-        if manager and context.ws_celery_attempts and exc and is_conflict(manager, exc):
+        run = run_of(self.request)
+        if run.manager and run.attempts_left and exc and is_conflict(run.manager, exc):
             raise exc
         return super().retry(*args, exc=exc, **options)
 
-    def on_replace(self, sig: Any) -> Any:
+    def on_replace(self, sig: Signature) -> Any:
         """Dispatch what takes the place of this run, as in Celery, when the run ends.
 
         A savepoint that is rolled back does not drop it, nor does a transaction that is doomed.
         """
-        context = self.request
-        alone = getattr(context, "ws_celery_manager", None) is None
-        if alone or context.is_eager or immediate.get():
+        run = run_of(self.request)
+        if run.manager is None or self.request.is_eager or immediate.get():
             return super().on_replace(sig)
         with holding() as held:
             try:
                 return super().on_replace(sig)
             except Ignore:
-                context.ws_celery_replacement += held
+                run.replacement += held
                 raise
 
-    def _retry_by_row(self, retry: Publication) -> None:
-        if getattr(self.request, "ws_celery_manager", None) is None:
-            super()._retry_by_row(retry)
-        else:
-            # The row is locked by this transaction: another worker would take the message, find
-            # nothing, and the retry would be gone.
-            self.request.__dict__.setdefault("ws_celery_retries", []).append(retry)
 
-    def _take_retries(self) -> list[Publication]:
-        """Return what the function has asked for: one retry, or more if it has caught them."""
-        retries: list[Publication] = self.request.__dict__.pop("ws_celery_retries", [])
-        return retries
-
-    def _send_retries(self, retries: list[Publication]) -> None:
-        if retries:
-            self.app.outbox.retry(self.request, retries)
-
-    def _retries_by_commit(self, options: Any) -> bool:
-        return not options.get("throw", True)
-
-    def _abort(self, manager: Any, request: Any) -> None:
-        _deactivate(request)
-        with suppress(NoTransaction):  # the function has ended it
-            manager.abort()
-        self.request.ws_celery_manager = None
-
-    def _begin(self, request: Any, claim: Any) -> Any:
-        manager = getattr(request, "tm", None)
-        if manager is None:
-            manager = transaction.manager
-        if self.app.transactions.begun(manager) is not None:
-            # Eager execution inside the caller's transaction, which is not ours to abort.
-            manager = request.tm = transaction.TransactionManager(explicit=True)
-        # As pyramid_tm marks a request, for add-ons that ask.
-        request.environ.update({"tm.active": True, "tm.manager": manager})
-        self.app.transactions.manage(manager, request, claim)
-        manager.begin().set_data(ICeleryApp, self.app)  # see current_celery_app()
-        return manager
-
-    def _run_and_commit(
-        self,
-        manager: Any,
-        request: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        claim: Any,
-    ) -> Any:
-        if claim is not None:
-            claim.begin(request, manager.get())
-        try:
-            result = self.run(request, *args, **kwargs)
-        except Ignore:
-            self._finish(manager, request, claim)
-            raise
-        self._finish(manager, request, claim, lambda: claim.follow_up(result))
-        return result
-
-    def _finish(
-        self,
-        manager: Any,
-        request: Any,
-        claim: Any,
-        follow_up: Callable[[], None] | None = None,
-    ) -> None:
-        """Commit, or abort what is doomed; what follows the run commits with the claim."""
-        self._ensure_lock()
-        retries, replacement = self._take_retries(), self.request.ws_celery_replacement
-        if _is_ended(manager):
-            self._begin(request, claim)
-        if not manager.isDoomed():
-            # A function that has caught the Retry goes on: another dispatch of this commit.
-            self._commit(manager, request, claim, [*retries, *replacement], follow_up)
-            return
-        _deactivate(request)
-        manager.abort()
-        if retries:
-            self._send_retries(retries)
-            claim = None  # its row is theirs
-        if replacement or (claim is not None and follow_up is not None):
-            # Without its effect, but once: what follows it is a dispatch.
-            manager = self._begin(request, claim)
-            self._commit(manager, request, claim, replacement, follow_up)
-
-    def _commit(
-        self,
-        manager: Any,
-        request: Any,
-        claim: Any,
-        publications: list[Publication],
-        follow_up: Callable[[], None] | None,
-    ) -> None:
-        self._dispatch(request, publications)
-        if claim is not None:
-            if follow_up is not None:
-                follow_up()
-            claim.end(manager.get())
-        _deactivate(request)
-        manager.commit()
-        if claim is not None:
-            claim.close()
-
-    def _dispatch(self, request: Any, publications: list[Publication]) -> None:
-        recorder = self.app.transactions.recorder(request) if publications else None
-        if recorder is not None:
-            recorder.record(publications)
-        elif publications:  # inside of immediately()
-            self.app.publish(publications)
-
-
-def retry_attempts(settings: Any) -> int:
+def retry_attempts(settings: Mapping[str, Any]) -> int:
     """Return how often a task is run in place: ``retry.attempts``, as of pyramid_retry.
 
     :raises ConfigurationError: if it is not a positive number.
@@ -285,15 +254,14 @@ def retry_attempts(settings: Any) -> int:
     )
 
 
-def _is_ended(manager: Any) -> bool:
-    """Tell whether the function has ended the transaction of an explicit manager, and no more."""
+def _has_committed(error: BaseException) -> bool:
+    return isinstance(error, Ignore) and not isinstance(error, Abandoned)
+
+
+def _is_ended(manager: TransactionManager) -> bool:
+    """Return whether the function has ended the transaction of an explicit manager, and no more."""
     try:
         manager.get()
     except NoTransaction:
         return True
     return False
-
-
-def _deactivate(request: Any) -> None:
-    for key in ("tm.active", "tm.manager"):
-        request.environ.pop(key, None)

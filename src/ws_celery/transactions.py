@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction
 
     from ws_celery.app import PyramidCelery
-    from ws_celery.outbox.journal import Journal
     from ws_celery.outbox.runs import Claim
+    from ws_celery.outbox.store import Journal
 
 __all__ = (
     "DispatchDataManager",
@@ -112,6 +112,39 @@ class Transactions:
             be so.
         """
         self.watch(manager, begun=True).manage(request, claim)
+
+    def begin(self, request: Request, claim: Claim | None = None) -> TransactionManager:
+        """Begin the transaction of a run, by the manager that pyramid_tm would use.
+
+        :param request: of the run; it is marked as pyramid_tm marks one, for add-ons that ask.
+        :param claim: is told of what ends before :meth:`release`.
+        :return: the manager.
+        """
+        manager = getattr(request, "tm", None)
+        if manager is None:
+            manager = transaction.manager
+        if self.begun(manager) is not None:
+            # Eager execution inside the caller's transaction, which is not ours to abort.
+            manager = request.tm = transaction.TransactionManager(explicit=True)
+        request.environ.update({"tm.active": True, "tm.manager": manager})
+        self.manage(manager, request, claim)
+        manager.begin().set_data(ICeleryApp, self._app)  # see current_celery_app()
+        return manager
+
+    def release(self, request: Request) -> None:
+        """Let the transaction of a run be ended by us; its claim is not told of that."""
+        for key in ("tm.active", "tm.manager"):
+            request.environ.pop(key, None)
+
+    def abort_leftovers(self, *, begun: bool) -> None:
+        """Abort what something else in this thread has opened and not finished.
+
+        :param begun: also what was begun explicitly; else only a session of the thread that has
+            joined, and would not commit.
+        """
+        self.watch(transaction.manager, begun=False)
+        if begun or self.begun(transaction.manager) is None:
+            transaction.abort()
 
     def begun(self, manager: TransactionManager) -> Transaction | None:
         """Return the open transaction of ``manager`` that somebody will finish, or ``None``."""

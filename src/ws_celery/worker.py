@@ -1,4 +1,7 @@
-"""What Celery calls back: when a process that runs tasks has started, and when a run is over."""
+"""What Celery calls in a worker: as its processes start, and as a run begins and ends.
+
+:func:`run_of` returns what is known of a run beside Celery's context of it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -31,7 +35,20 @@ from ws_celery.publishing import lighten
 from ws_celery.shown_arguments import shown_text
 
 if TYPE_CHECKING:
+    from celery import Task
+    from celery.app.task import Context
+    from celery.concurrency.base import BasePool
+    from celery.worker import WorkController
+    from celery.worker.consumer import Consumer
+    from kombu.asynchronous import Hub
+    from kombu.asynchronous.timer import Entry
+    from sqlalchemy.pool import ConnectionPoolEntry
+    from transaction import TransactionManager
+
     from ws_celery.app import PyramidCelery
+    from ws_celery.locks import Held
+    from ws_celery.outbox.runs import Claim, Unclaimed
+    from ws_celery.recording import Publication
 
 __all__ = (
     "EventDispatcher",
@@ -41,6 +58,8 @@ __all__ = (
     "PyramidFixup",
     "PyramidLoader",
     "Request",
+    "Run",
+    "run_of",
 )
 
 #: Seconds between two looks for what others have not acknowledged, as in kombu, whose transport
@@ -48,11 +67,48 @@ __all__ = (
 _INTERVAL = 10
 
 
+@dataclass
+class Run:
+    """The state of one run of a task, beside Celery's context of it."""
+
+    #: When it has begun, if somebody subscribes to its end.
+    begun_at: float | None = None
+    #: Whether the function is at work: who calls the task now calls it like a function.
+    is_running: bool = False
+    #: The lock of ``@one_instance``.
+    lock: Held | None = None
+    #: Claims the row that the message names: of a TransactionalTask.
+    claim: Claim | None = None
+    #: Looks after that row: of a task without a transaction.
+    unclaimed: Unclaimed | None = None
+    #: Whether nothing is to be done any more for the row: it is gone, or belongs to another run.
+    is_settled: bool = False
+    #: The manager of the transaction of a TransactionalTask, until that is aborted.
+    manager: TransactionManager = None
+    #: How often it may be made again in place, after a conflict.
+    attempts_left: int = 0
+    #: What ``retry()`` has asked for in the transaction: sent when that has ended.
+    retries: list[Publication] = field(default_factory=list)
+    #: What ``replace()`` has put in its place: dispatched when the function has returned.
+    replacement: list[Publication] = field(default_factory=list)
+
+
+def run_of(context: Context) -> Run:
+    """Return the state of a run.
+
+    :param context: Celery's context of it, ``task.request``.
+    """
+    run: Run | None = getattr(context, "ws_celery_run", None)
+    if run is None:
+        run = context.ws_celery_run = Run()
+    return run
+
+
 class Request(CeleryRequest):
     """What a worker knows of a message; its events hide in an error what is hidden of arguments."""
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - as Celery calls it
-        """Tell of a step of the run."""
+        """Send an event of a step of the run."""
         call = self.args, self.kwargs
         for name in ("exception", "traceback"):
             if isinstance(fields.get(name), str):
@@ -65,11 +121,11 @@ class OnRedis(StartStopStep):
 
     requires = ("celery.worker.consumer.connection:Connection",)
 
-    def __init__(self, consumer: Any, **options: Any) -> None:
+    def __init__(self, consumer: Consumer, **options: Any) -> None:
         super().__init__(consumer, **options)
         self._ends: list[Callable[[], None]] = []
 
-    def start(self, consumer: Any) -> None:
+    def start(self, consumer: Consumer) -> None:
         """Begin with a connection; after each reconnection, too."""
         if consumer.connection.transport.driver_type != "redis":
             return
@@ -80,7 +136,7 @@ class OnRedis(StartStopStep):
             consumer.call_soon_ack = after = _AfterNextPoll(consumer.hub)
             self._ends.append(after.close)
 
-    def stop(self, _consumer: Any) -> None:
+    def stop(self, _consumer: Consumer) -> None:
         """End with the connection."""
         while self._ends:
             self._ends.pop()()
@@ -96,7 +152,7 @@ class _AfterNextPoll:
     :param hub: kombu's event loop.
     """
 
-    def __init__(self, hub: Any) -> None:
+    def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._waiting: deque[Callable[[], Any]] = deque()
         # What can always be written to makes the next poll return at once.
@@ -129,7 +185,7 @@ class _AfterNextPoll:
                 os.close(end)
 
 
-def _restore_repeatedly(consumer: Any) -> Any:
+def _restore_repeatedly(consumer: Consumer) -> Entry:
     """Restore what others have not acknowledged in time; return the entry of the consumer's timer.
 
     Redis does not know which messages a dead worker had; kombu keeps them, and puts them back after
@@ -145,11 +201,12 @@ def _restore_repeatedly(consumer: Any) -> Any:
             connection.transport.cycle.maybe_restore_messages()
 
     interval = connection.transport_options.get("unacked_restore_interval", _INTERVAL)
-    return consumer.timer.call_repeatedly(max(interval, 0) or _INTERVAL, look)
+    entry: Entry = consumer.timer.call_repeatedly(max(interval, 0) or _INTERVAL, look)
+    return entry
 
 
 #: Fields of Celery's events that may hold secrets.
-_TOLD = ("args", "kwargs", "result", "exception", "traceback")
+_FIELDS = ("args", "kwargs", "result", "exception", "traceback")
 
 
 class PyramidFixup:
@@ -171,11 +228,11 @@ class PyramidFixup:
             signal.connect(filter_handlers)
 
     def on_worker_init(self, **_: Any) -> None:
-        """Take note of database connections before the pool forks."""
+        """Watch database connections before the pool forks."""
         self._connections.watch()
 
     def on_process_init(self, **_: Any) -> None:
-        """Let a forked child open database connections of its own, and tell the application."""
+        """Let a forked child open database connections of its own, and notify the application."""
         # The solo pool sends this signal in the process that loaded the application.
         if os.getpid() != self._pid:
             self._connections.forget()
@@ -189,13 +246,13 @@ class PyramidFixup:
     def on_beat_init(self, **_: Any) -> None:
         """Let the beat of ``worker --beat``, a forked child, open database connections of its own.
 
-        It is told before a thread of the outbox's relay starts there, whose signal this is too.
+        This comes before a thread of the outbox's relay starts there, by the same signal.
         """
         if os.getpid() != self._pid:
             self._connections.forget()
 
-    def on_worker_ready(self, sender: Any = None, **_: Any) -> None:
-        """Tell the application, where the pool has no signal for it: threads and greenlets."""
+    def on_worker_ready(self, sender: WorkController, **_: Any) -> None:
+        """Notify the application, where the pool has no signal for it: threads and greenlets."""
         if sender.app is self.app and _runs_tasks_here(sender.pool):
             notify(WorkerProcessInit(self.app))
 
@@ -217,17 +274,17 @@ class PyramidLoader(AppLoader):
             "on_after_finalize, or use it in a function that is called later."
         )
 
-    def on_task_init(self, task_id: str, task: Any) -> None:
+    def on_task_init(self, task_id: str, task: Task) -> None:
         """Remember when a run begins, if anybody wants to know of its end."""
         super().on_task_init(task_id, task)
         if has_subscriber(self.app.registry, TaskFinished):
-            task.request.ws_celery_begun = monotonic()
+            run_of(task.request).begun_at = monotonic()
             listen(signals.task_postrun, self.on_task_postrun)  # once, however often it is said
 
-    def on_task_postrun(self, task: Any = None, **run: Any) -> None:
-        """Tell the application that a run is over."""
-        if task.app is self.app and hasattr(task.request, "ws_celery_begun"):
-            _tell_finished(task, run)
+    def on_task_postrun(self, task: Task, **ended: Any) -> None:
+        """Notify the application that a run is over."""
+        if task.app is self.app and (begun_at := run_of(task.request).begun_at) is not None:
+            _notify_of_end(task, ended, monotonic() - begun_at)
 
 
 class Events(CeleryEvents):
@@ -241,22 +298,22 @@ class EventDispatcher(CeleryEventDispatcher):
 
     def send(self, *args: Any, **fields: Any) -> Any:
         """Send an event of this process."""
-        return super().send(*args, **_told(fields))
+        return super().send(*args, **_masked(fields))
 
     def publish(self, kind: str, fields: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         """Send an event with another producer."""
-        return super().publish(kind, _told(fields), *args, **options)
+        return super().publish(kind, _masked(fields), *args, **options)
 
 
-def _told(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _masked(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: masked_text(value) if name in _TOLD and isinstance(value, str) else value
+        name: masked_text(value) if name in _FIELDS and isinstance(value, str) else value
         for name, value in fields.items()
     }
 
 
-def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
-    state, outcome = run["state"], run["retval"]
+def _notify_of_end(task: Task, ended: Mapping[str, Any], runtime: float) -> None:
+    state, outcome = ended["state"], ended["retval"]
     is_elsewhere = isinstance(outcome, Abandoned) and outcome.reason != "cut off"
     if is_elsewhere or isinstance(outcome, Skipped):
         return  # it is no run: another one has the effect, or the lock
@@ -266,15 +323,12 @@ def _tell_finished(task: Any, run: Mapping[str, Any]) -> None:
             return  # what ends the process ends no run
         state = states.RETRY if isinstance(outcome, Retry) else states.FAILURE
     result, error = (outcome, None) if state == states.SUCCESS else (None, outcome)
-    runtime = monotonic() - task.request.ws_celery_begun
-    event = TaskFinished(
-        task.app, task, run["task_id"], run["args"], run["kwargs"], state, result, error, runtime
-    )
-    notify(event)
+    call = ended["task_id"], ended["args"], ended["kwargs"]
+    notify(TaskFinished(task.app, task, *call, state, result, error, runtime))
 
 
-def _runs_tasks_here(pool: Any) -> bool:
-    """Tell whether it is a pool of threads or greenlets."""
+def _runs_tasks_here(pool: BasePool) -> bool:
+    """Return whether it is a pool of threads or greenlets."""
     from celery.concurrency import prefork, solo
 
     return not isinstance(pool, (prefork.TaskPool, solo.TaskPool))
@@ -289,11 +343,11 @@ class PooledConnections:
 
     def __init__(self) -> None:
         self._entries: WeakSet[Any] = WeakSet()
-        self._inherited: list[Any] = []
+        self._inherited: list[object] = []
         self._watching = False
 
     def watch(self) -> None:
-        """Take note of those that there are, and of those to come: in the parent, before it forks.
+        """Remember those that there are, and those to come: in the parent, before it forks.
 
         A child that walks over all objects copies the memory that it shares with its parent.
         """
@@ -301,7 +355,7 @@ class PooledConnections:
         if pool is None or self._watching:
             return
         self._watching = True
-        sys.modules["sqlalchemy.event"].listen(pool.Pool, "connect", self._take_note)
+        sys.modules["sqlalchemy.event"].listen(pool.Pool, "connect", self._remember)
         self._entries.update(
             # type(), not isinstance(): lazy proxies evaluate themselves when asked for __class__.
             each
@@ -309,12 +363,12 @@ class PooledConnections:
             if issubclass(type(each), pool.ConnectionPoolEntry)
         )
 
-    def _take_note(self, _connection: Any, entry: Any) -> None:
+    def _remember(self, _connection: object, entry: ConnectionPoolEntry) -> None:
         self._entries.add(entry)
 
     def forget(self) -> None:
         """Let the pools of a child open connections of their own."""
-        self.watch()  # if nobody has told of the parent's start
+        self.watch()  # if the parent did not, at its start
         for entry in self._entries:
             # Kept: some drivers close a connection that nobody refers to.
             self._inherited.append(entry.dbapi_connection)

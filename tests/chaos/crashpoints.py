@@ -44,10 +44,9 @@ def wire() -> None:
     from transaction import TransactionManager
 
     from ws_celery.app import PyramidCelery
-    from ws_celery.outbox.journal import Journal
     from ws_celery.outbox.rows import Rows
-    from ws_celery.outbox.runs import Claim, Unclaimed
-    from ws_celery.outbox.store import Outbox
+    from ws_celery.outbox.runs import Claim, Runs, Unclaimed
+    from ws_celery.outbox.store import Journal
     from ws_celery.publishing import Publisher
 
     wrap(Journal, "_insert", "dispatch.begun", "dispatch.written")
@@ -59,9 +58,9 @@ def wire() -> None:
     wrap(Unclaimed, "hand_over", "handover.called", "handover.done")
     wrap(TransactionManager, "commit", "commit.begun", "commit.done")
     wrap(Message, "ack", "acknowledge.begun")
-    wrap(Outbox, "retry", "retry.aborted", "retry.published")
-    _trap(Outbox, "retry", "retry.rewritten", _publish_never)
-    wrap(Rows, "take_due", "take.begun", "take.locked")
+    wrap(Runs, "retry", "retry.aborted", "retry.published")
+    _trap(Runs, "retry", "retry.rewritten", _publish_never)
+    wrap(Rows, "lease_due", "take.begun", "take.locked")
 
 
 def wrap(owner: type, name: str, before: str, after: str | None = None) -> None:

@@ -103,7 +103,7 @@ def test_connections_are_forgotten_and_not_closed(postgres):
 
 
 def test_an_application_without_a_database_has_nothing_to_forget():
-    program = "from ws_celery import lifecycle; lifecycle.PooledConnections().forget()"
+    program = "from ws_celery import worker; worker.PooledConnections().forget()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 

@@ -25,7 +25,6 @@ from ws_celery.eager import received as received_by_worker
 from ws_celery.events import PublishFailed
 from ws_celery.exceptions import Abandoned, SessionError, TableError
 from ws_celery.inspection import health
-from ws_celery.outbox.journal import publication_of
 from ws_celery.outbox.tables import aware as aware_of
 
 
@@ -372,7 +371,7 @@ def test_what_may_have_been_sent_is_due_at_once_and_not_told_as_lost(app, monkey
 def test_a_dead_letter_stays_one_though_its_publisher_has_given_up_late(app):
     dispatch(app, write, 1)
     publication = _publication(app)
-    app.celery.outbox.bury(publication.row_id, "enough")
+    app.celery.outbox.settlement.make_dead_letter(publication.row_id, "enough")
 
     app.celery.outbox.not_published([publication])
 
@@ -484,7 +483,7 @@ def test_a_retry_is_delivered_as_often_as_a_new_message_may_be(app):
         connection.execute(app.celery.outbox.rows.table.update().values(deliveries=9))
 
     headers = {"ws_celery_outbox": str(publication.row_id)}
-    app.celery.outbox.retry(Context(headers), [publication])
+    app.celery.outbox.runs.retry(Context(headers), [publication])
 
     assert [row.deliveries for row in rows(app)] == [0]
 
@@ -527,7 +526,7 @@ def test_a_loss_whose_text_no_database_keeps_is_counted(app):
     dispatch(app, write, 1)
     (row,) = rows(app)
     for _ in range(10):
-        app.celery.outbox.count_loss(row.id, "lost at \0\udcff")
+        app.celery.outbox.settlement.count_lost_run(row.id, "lost at \0\udcff")
 
     (dead,) = rows(app)
     assert dead.error == r"lost at \x00\udcff"
@@ -658,4 +657,4 @@ def _terminate(session, database):
 def _publication(app):
     """Return the message of the only row."""
     (row,) = rows(app)
-    return publication_of(row, app.celery.amqp.queues, datetime.now(timezone.utc))
+    return app.celery.outbox.publication_of(row)

@@ -19,7 +19,6 @@ from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, task
 from ws_celery.exceptions import Abandoned
-from ws_celery.outbox.relay import Deliveries
 from ws_celery.testing.captured import run_as_worker
 
 
@@ -92,7 +91,7 @@ def perform(app, message):
 
 def send_again(app):
     """Let the relay publish all that is unfinished."""
-    Deliveries(app.celery.outbox).all_due()
+    app.celery.outbox.execute(app.celery.outbox.rows.make_all_due, app.celery.outbox.lease)
     app.celery.outbox.relay.turn()
 
 
@@ -274,11 +273,11 @@ def note_runs(app, monkeypatch):
     return runs
 
 
-@pytest.mark.parametrize("end", ["bury", "delete"])
+@pytest.mark.parametrize("end", ["make_dead_letter", "delete"])
 def test_a_dead_letter_or_what_was_given_up_is_not_run(app, rows_of, monkeypatch, end):
     message = call(app, prepare.s(1))
-    given = {"bury": ("enough",), "delete": ()}[end]
-    getattr(app.celery.outbox, end)(message.row_id, *given)
+    given = {"make_dead_letter": ("enough",), "delete": ()}[end]
+    getattr(app.celery.outbox.settlement, end)(message.row_id, *given)
     left = rows_of(app)
     runs = note_runs(app, monkeypatch)
 

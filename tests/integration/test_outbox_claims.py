@@ -22,13 +22,14 @@ from ws_celery import RequestAwareTask, task
 from ws_celery.events import TaskFinished
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.testing.captured import run_as_worker
+from ws_celery.worker import run_of
 
 
 @task(name="conflicting", bind=True)
 def conflicting(self, request, number):
     """Meet a conflict in its first commit."""
     insert(request, number)
-    if self.request.ws_celery_attempts == 2:
+    if run_of(self.request).attempts_left == 2:
         request.tm.get().addBeforeCommitHook(conflict)
         request.tm.get().join(_Conflicted())
     return number
@@ -336,7 +337,7 @@ def test_the_message_of_a_dead_letter_that_comes_late_is_not_run(
 ):
     dispatch(app, write, 1)
     (row,) = rows_of(app)
-    app.celery.outbox.bury(row.id, "enough")
+    app.celery.outbox.settlement.make_dead_letter(row.id, "enough")
     start_worker(app)
 
     dispatch(app, write, 2).get(SOON)
@@ -400,10 +401,10 @@ def test_a_claim_that_fails_by_a_serialization_error_is_tried_again_in_place(
 
     @task(name="late", acknowledge=acknowledge, bind=True)
     def late(self, request, number):
-        attempts.append(self.request.ws_celery_attempts)
+        attempts.append(run_of(self.request).attempts_left)
         # Somebody else has had the effect, after this transaction has taken its snapshot.
         if acknowledge == "late":
-            app.celery.outbox.delete(row.id)
+            app.celery.outbox.settlement.delete(row.id)
 
     engine = create_engine(postgres.engine.url, isolation_level=level)
     postgres.sessions.configure(bind=engine)

@@ -59,7 +59,7 @@ def dead(app, dispatch):
         task_id = dispatch(*args or ("somebody",)).id
         app.sent()
         (row,) = inspection.find_outbox_rows(app.registry, task_id)
-        app.celery.outbox.bury(
+        app.celery.outbox.settlement.make_dead_letter(
             row.id, "Traceback (most recent call last):\n  ...\nOSError: no mail"
         )
         return row

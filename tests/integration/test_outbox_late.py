@@ -87,7 +87,7 @@ def test_what_has_begun_in_time_and_was_cut_off_is_run_to_its_end(
     first = app.celery.outbox.publication_of(row)
     in_time, too_late = first.options["headers"]["expires"], ago(1).isoformat()
     first.options["headers"]["expires"] = too_late
-    app.celery.outbox.begun(row.id)
+    app.celery.outbox.attempt(app.celery.outbox.rows.forget_expiry, row.id)
     change(app, options=row.options.replace(in_time, too_late))
     (row,) = rows_of(app)
     assert too_late in row.options

@@ -18,6 +18,7 @@ from transaction.interfaces import TransientError
 from ws_celery import RequestAwareTask, task
 from ws_celery.events import BeforeDispatch
 from ws_celery.testing.captured import run_as_worker
+from ws_celery.worker import run_of
 
 
 @task(name="swallowing", bind=True)
@@ -82,7 +83,7 @@ def swallowing_and_failing(self, request, number):
 @task(name="swallowing_and_conflicting", bind=True)
 def swallowing_and_conflicting(self, request, number):
     insert(request, number)
-    if self.request.ws_celery_attempts == 2:
+    if run_of(self.request).attempts_left == 2:
         try:
             self.retry(countdown=0)
         except Retry:
@@ -91,7 +92,7 @@ def swallowing_and_conflicting(self, request, number):
 
 @task(name="conflicting_then_rejecting", bind=True)
 def conflicting_then_rejecting(self, request):
-    if self.request.ws_celery_attempts == 1:
+    if run_of(self.request).attempts_left == 1:
         raise Reject("not mine")
     meet_a_conflict(request)
 
@@ -361,7 +362,7 @@ def test_a_retry_of_a_plain_task_whose_row_is_gone_ends_there(make_outbox, datab
     app.sent()
     publication = app.celery.outbox.publication_of(row)
     publication.options["headers"]["ws_celery_outbox"] = str(row.id)
-    app.celery.outbox.delete(row.id)
+    app.celery.outbox.settlement.delete(row.id)
 
     with pytest.raises(Retry):
         run_as_worker(app.celery, publication, {})

@@ -18,6 +18,7 @@ from ws_celery.exceptions import Abandoned
 from ws_celery.outbox.relay import Deliveries
 from ws_celery.recording import Publication
 from ws_celery.testing.captured import run_as_worker
+from ws_celery.worker import run_of
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
 
@@ -228,7 +229,7 @@ def test_a_conflict_after_a_commit_of_the_function_does_not_repeat_it(
 
     @task(name="conflicting", bind=True)
     def conflicting(self, request):
-        runs.append(self.request.ws_celery_attempts)
+        runs.append(run_of(self.request).attempts_left)
         insert(request, len(runs))
         commit(request, 0)
         raise TransientError("in the second half")
@@ -283,9 +284,9 @@ def test_a_process_that_dies_after_a_commit_of_its_function_leaves_a_dead_letter
     (rest,) = rows_of(app)
     assert rest.due_at is not None
     assert rest.expires is None  # or the relay would delete it
-    deliveries = Deliveries(app.celery.outbox)
-    deliveries.all_due()
-    assert deliveries.take(10, lambda _queue: 0).publications == []
+    outbox = app.celery.outbox
+    outbox.execute(outbox.rows.make_all_due, outbox.lease)
+    assert Deliveries(outbox).lease(10, lambda _queue: 0).publications == []
     (rest,) = rows_of(app)
     assert rest.due_at is None
     assert "committed by itself" in rest.error
@@ -357,9 +358,9 @@ def test_a_run_that_outlives_its_lease_after_a_commit_of_its_own_ends(
     def long(request):
         insert(request, 1)
         commit(request, 0)
-        deliveries = Deliveries(app.celery.outbox)
-        deliveries.all_due()
-        deliveries.take(10, lambda _queue: 0)
+        outbox = app.celery.outbox
+        outbox.execute(outbox.rows.make_all_due, outbox.lease)
+        Deliveries(outbox).lease(10, lambda _queue: 0)
         (row,) = rows_of(app)
         assert row.due_at is None
         insert(request, 2)

@@ -230,7 +230,7 @@ def test_an_error_of_another_kind_is_told_and_makes_no_dead_letter(app, monkeypa
     dispatch_unsent(app, 1)
     lines(caplog)
     with monkeypatch.context() as patch:
-        patch.setattr(app.celery.outbox.rows, "take_due", lambda *_: int("odd"))
+        patch.setattr(app.celery.outbox.rows, "lease_due", lambda *_: int("odd"))
         app.relay.turn()
 
     (said,) = lines(caplog)
@@ -353,7 +353,7 @@ def test_what_a_relay_has_locked_is_free_soon_after_its_machine_has_lost_its_pow
     with app.celery.outbox.begin() as connection:
         if not connection.scalar(show):
             pytest.skip("a Unix socket has no keepalives")
-        app.celery.outbox.rows.take_due(connection, 1)
+        app.celery.outbox.rows.lease_due(connection, 1)
         assert connection.scalar(show) == 30
 
 
@@ -427,9 +427,9 @@ def test_what_has_failed_meanwhile_is_not_given_back(app, now):
     dispatch(app, 1)
     change(app, deliveries=1)
     (row,) = rows(app)
-    app.celery.outbox.bury(row.id, "enough")
+    app.celery.outbox.settlement.make_dead_letter(row.id, "enough")
 
-    Deliveries(app.celery.outbox).give_back([row.id], now=now)
+    Deliveries(app.celery.outbox).release([row.id], now=now)
 
     (dead,) = rows(app)
     assert (dead.due_at, dead.deliveries, dead.lease) == (None, 1, 300)
@@ -524,7 +524,7 @@ def test_a_loss_that_is_met_while_sending_is_left_to_be_seen(app, redis_url):
 
     with pytest.raises(BrokerUnavailable, match="has lost its data"):
         canary.replace()
-    assert not canary.lives()
+    assert not canary.is_there()
 
 
 def test_a_broker_that_answers_and_takes_nothing_is_down_until_it_does(app_alone, caplog):

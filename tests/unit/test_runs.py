@@ -15,6 +15,7 @@ from zope.interface.verify import verifyObject
 
 from ws_celery import ConfigurationError, RequestAwareTask, immediately, task
 from ws_celery.interfaces import ITaskRequest
+from ws_celery.worker import run_of
 
 EXPLICIT = {"tm__manager_hook": "pyramid_tm.explicit_manager"}
 
@@ -564,7 +565,7 @@ def test_a_retry_for_a_conflict_is_sent_for_its_time_after_the_last_try_in_place
 
     @task(name="task", bind=True)
     def try_again(self, request):
-        tries.append(self.request.ws_celery_attempts)
+        tries.append(run_of(self.request).attempts_left)
         self.retry(exc=TransientError(), countdown=3600)
 
     app = make_app(try_again)

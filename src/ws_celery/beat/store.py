@@ -44,8 +44,7 @@ from ws_celery.beat.entries import LONGEST_NAME, Known
 from ws_celery.exceptions import NotFound, Part
 from ws_celery.interfaces import IScheduleStore
 from ws_celery.masking import logger_of
-from ws_celery.outbox.store import Database
-from ws_celery.outbox.tables import LongText, Time, aware, seconds_from_now
+from ws_celery.outbox.tables import Database, LongText, Time, aware, seconds_from_now
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery

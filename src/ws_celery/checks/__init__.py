@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 
+from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.applications import load_registry
 from ws_celery.checks.application import (
     ERROR,

@@ -14,6 +14,7 @@ from ws_celery import inspection
 from ws_celery.cli.tables import LIMIT, confirm, echo, fields_of, table, time_of
 
 if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
     from ws_celery.inspection import OutboxRow, OutboxState
 
 __all__ = ("outbox",)
@@ -107,16 +108,16 @@ def discard(context: click.Context, names: Sequence[str], all_dead: bool, yes: b
     app = _app(context)
     ids = _wanted(app, names, all_dead)
     if ids and not yes:
-        text = f"Delete {len(ids)} of {_counted(inspection.outbox_state(app))}, for ever?"
-        confirm(text)
+        confirm(f"Delete {len(ids)} of {_counted(inspection.outbox_state(app))}, for ever?")
     echo(f"Discarded {inspection.discard_outbox_rows(app, ids)}.")
 
 
-def _app(context: click.Context) -> Any:
-    return context.obj.app
+def _app(context: click.Context) -> PyramidCelery:
+    app: PyramidCelery = context.obj.app
+    return app
 
 
-def _wanted(app: Any, names: Sequence[str], all_dead: bool) -> list[UUID]:
+def _wanted(app: PyramidCelery, names: Sequence[str], all_dead: bool) -> list[UUID]:
     if bool(names) == all_dead:
         raise click.UsageError("Name rows by their id, or give --all-dead.")
     return inspection.dead_letters(app) if all_dead else inspection.outbox_row_ids(app, names)
@@ -140,8 +141,8 @@ def _shown(row: OutboxRow, arguments: bool) -> dict[str, Any]:
 
 def _lines(fields: dict[str, Any]) -> Iterator[str]:
     error = fields.pop("error")
-    told = json.dumps(fields["arguments"]) if "arguments" in fields else _HIDDEN
-    yield from fields_of({**fields, "arguments": told})
+    shown = json.dumps(fields["arguments"]) if "arguments" in fields else _HIDDEN
+    yield from fields_of({**fields, "arguments": shown})
     if error:
         yield f"\n{error.rstrip()}"
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 from kombu.serialization import loads, prepare_accept_content
+from pyramid.registry import Registry
+from pyramid.request import Request
 
-from ws_celery.app import get_celery_app
+from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.converters import aware
 from ws_celery.exceptions import BrokenRow, NotFound, NotIncluded
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
 
 if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+    from ws_celery.outbox import Outbox
     from ws_celery.recording import Publication
 
 __all__ = (
@@ -36,6 +41,9 @@ __all__ = (
 #: How many rows one transaction changes.
 _BATCH = 500
 _TIMES = ("created_at", "eta", "expires", "due_at", "died_at")
+
+#: What tells which application is meant.
+Source: TypeAlias = Registry | Request | PyramidCelery
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class Retried:
     broken: list[BrokenRow] = field(default_factory=list)
 
 
-def create_outbox(source: Any) -> bool:
+def create_outbox(source: Source) -> bool:
     """Create the table of the outbox if it is missing.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
@@ -122,44 +130,45 @@ def create_outbox(source: Any) -> bool:
     :return: whether it was missing.
     :raises TableError: if there is a table of its name with other columns.
     """
-    created: bool = _outbox(source).create_table()
-    return created
+    return _outbox(source).create_table()
 
 
-def outbox_state(source: Any) -> OutboxState:
+def outbox_state(source: Source) -> OutboxState:
     """Look whether the table is there and right, and count its rows."""
-    _outbox(source).check_table()
-    with _connection(source) as (outbox, connection):
+    outbox = _outbox(source)
+    outbox.check_table()
+    with outbox.begin() as connection:
         waiting, dead = outbox.rows.count(connection)
         ahead = (outbox.rows.now(connection) - datetime.now(timezone.utc)).total_seconds()
     return OutboxState(outbox.rows.table.fullname, waiting, dead, ahead)
 
 
 def outbox_rows(
-    source: Any, *, dead: bool | None = True, limit: int | None = 100
+    source: Source, *, dead: bool | None = True, limit: int | None = 100
 ) -> list[OutboxRow]:
     """Return rows, the oldest first.
 
     :param dead: only dead letters; with ``False`` only what waits; with ``None`` all.
     :param limit: how many at most.
     """
-    with _connection(source) as (outbox, connection):
+    outbox = _outbox(source)
+    with outbox.begin() as connection:
         statement = outbox.rows.select(dead=dead).limit(limit)
         return [_row(outbox, row) for row in connection.execute(statement)]
 
 
-def find_outbox_rows(source: Any, name: str) -> list[OutboxRow]:
+def find_outbox_rows(source: Source, name: str) -> list[OutboxRow]:
     """Return the row of an id, or the rows of a task's id: a caller may use one twice.
 
     :raises NotFound: if there is none.
     """
-    with _connection(source) as (outbox, connection):
-        if rows := outbox.rows.find(connection, name):
-            return [_row(outbox, row) for row in rows]
+    outbox = _outbox(source)
+    if rows := outbox.execute(outbox.rows.find, name):
+        return [_row(outbox, row) for row in rows]
     raise NotFound("row", name)
 
 
-def outbox_row_ids(source: Any, names: Iterable[str]) -> list[UUID]:
+def outbox_row_ids(source: Source, names: Iterable[str]) -> list[UUID]:
     """Return the ids of rows that are named by their id or by the id of their task.
 
     :raises NotFound: if there is none, or several tasks have the id.
@@ -173,35 +182,42 @@ def outbox_row_ids(source: Any, names: Iterable[str]) -> list[UUID]:
     return ids
 
 
-def dead_letters(source: Any) -> list[UUID]:
+def dead_letters(source: Source) -> list[UUID]:
     """Return the ids of all dead letters, the oldest first."""
-    with _connection(source) as (outbox, connection):
+    outbox = _outbox(source)
+    with outbox.begin() as connection:
         statement = outbox.rows.select(dead=True).with_only_columns(outbox.rows.table.c.id)
         return list(connection.execute(statement).scalars())
 
 
-def retry_outbox_rows(source: Any, ids: Iterable[UUID]) -> Retried:
+def retry_outbox_rows(source: Source, ids: Iterable[UUID]) -> Retried:
     """Send rows again, as if they had just been dispatched; most of them are dead letters.
 
     What the broker does not take is due at once, so that a relay sends it. What has a far eta waits
     for it in the table.
     """
-    outcome = Retried()
+    outbox, outcome = _outbox(source), Retried()
     for batch in _batches(ids):
-        with _connection(source) as (outbox, connection):
+        with outbox.begin() as connection:
             rows = outbox.rows.lock(connection, batch)
-            due, publications = {}, list(_publications(outbox, rows, outcome))
-            etas = {row.id: row.eta for row in rows}
-            for each in publications:
-                each.waits, due[each.row_id] = outbox.when_due(etas[each.row_id])
-            outbox.rows.revive(connection, due, outbox.lease)
+            due: dict[UUID, float] = {}
+            publications: list[Publication] = []
+            for row in rows:
+                try:
+                    publication = outbox.publication_of(row)
+                except BrokenRow as error:
+                    outcome.broken.append(error)
+                    continue
+                publication.waits, due[row.id] = outbox.when_due(row.eta)
+                publications.append(publication)
+            outbox.rows.requeue(connection, due, outbox.lease)
         outbox.app.publish(publications)
-        outcome.sent.extend(each.row_id for each in publications if each.row_id)
+        outcome.sent.extend(due)
         outcome.busy.extend(set(batch) - {row.id for row in rows})
     return outcome
 
 
-def discard_outbox_rows(source: Any, ids: Iterable[UUID]) -> int:
+def discard_outbox_rows(source: Source, ids: Iterable[UUID]) -> int:
     """Delete rows: these dispatches are given up.
 
     Their messages in queues are not run, except those of plain tasks of Celery, which do not look
@@ -209,25 +225,15 @@ def discard_outbox_rows(source: Any, ids: Iterable[UUID]) -> int:
 
     :return: how many; what a running task has is not deleted.
     """
-    discarded = 0
-    for batch in _batches(ids):
-        with _connection(source) as (outbox, connection):
-            discarded += outbox.rows.delete(connection, batch)
-    return discarded
+    outbox = _outbox(source)
+    return sum(outbox.execute(outbox.rows.delete, batch) for batch in _batches(ids))
 
 
-def _outbox(source: Any) -> Any:
-    outbox = get_celery_app(source).outbox
+def _outbox(source: Source) -> Outbox:
+    outbox: Outbox | None = get_celery_app(source).outbox
     if outbox is None:
         raise NotIncluded("outbox")
     return outbox
-
-
-@contextmanager
-def _connection(source: Any) -> Iterator[tuple[Any, Any]]:
-    outbox = _outbox(source)
-    with outbox.begin() as connection:
-        yield outbox, connection
 
 
 def _batches(ids: Iterable[UUID]) -> Iterator[Sequence[UUID]]:
@@ -236,15 +242,7 @@ def _batches(ids: Iterable[UUID]) -> Iterator[Sequence[UUID]]:
         yield wanted[start : start + _BATCH]
 
 
-def _publications(outbox: Any, rows: Iterable[Any], outcome: Retried) -> Iterator[Publication]:
-    for row in rows:
-        try:
-            yield outbox.publication_of(row)
-        except BrokenRow as error:
-            outcome.broken.append(error)
-
-
-def _row(outbox: Any, row: Any) -> OutboxRow:
+def _row(outbox: Outbox, row: Row[Any]) -> OutboxRow:
     problem, retries, call = None, 0, None
     try:
         publication = outbox.publication_of(row)
@@ -252,7 +250,8 @@ def _row(outbox: Any, row: Any) -> OutboxRow:
         call = _call(outbox.app, publication)
     except BrokenRow as error:
         problem = error.problem
-    times: dict[str, Any] = {name: _utc(getattr(row, name)) for name in _TIMES}
+    found = {name: getattr(row, name) for name in _TIMES}
+    times: dict[str, Any] = {name: time and aware(time) for name, time in found.items()}
     return OutboxRow(
         id=row.id,
         task_id=row.task_id,
@@ -268,7 +267,7 @@ def _row(outbox: Any, row: Any) -> OutboxRow:
     )
 
 
-def _call(app: Any, publication: Publication) -> tuple[Any, Any] | None:
+def _call(app: PyramidCelery, publication: Publication) -> tuple[Any, Any] | None:
     options = publication.options
     accept = prepare_accept_content(app.conf.accept_content)
     try:
@@ -283,12 +282,7 @@ def _call(app: Any, publication: Publication) -> tuple[Any, Any] | None:
     return args, kwargs
 
 
-def _utc(time: datetime | None) -> datetime | None:
-    # Not all databases keep the zone.
-    return time and (time if time.tzinfo else time.replace(tzinfo=timezone.utc))
-
-
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     if isinstance(value, datetime):
         return value.astimezone(timezone.utc).isoformat()
     return str(value) if isinstance(value, UUID) else value

@@ -26,6 +26,7 @@ from ws_celery.exceptions import Abandoned, ConfigurationError, Fault, LockGone,
 from ws_celery.locks.holding import Held, Holder, LockStore, MemoryStore, Renewal
 from ws_celery.masking import logger_of
 from ws_celery.settings import our_setting
+from ws_celery.worker import run_of
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -370,7 +371,7 @@ class Locks:
         if context.id is None:
             return LockGone(held.task, None, held.key, str(holder))
         if holder.id == context.id:
-            context.ws_celery_settled = True  # its row is that of the other run
+            run_of(context).is_settled = True  # its row is that of the other run
             return Abandoned(f"{task.name}[{context.id}] runs elsewhere: {holder}")
         skipped = Skipped(held.task, context.id, held.key, holder)
         log.info("%s", skipped)

@@ -7,12 +7,13 @@ of the task: its deletion is the right to the effect. See ``docs/outbox.rst``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pyramid.config import PHASE3_CONFIG
+from pyramid.config import PHASE3_CONFIG, Configurator
 
 from ws_celery.app import get_celery_app
 from ws_celery.exceptions import ConfigurationError
+from ws_celery.outbox.relay import Relay
 from ws_celery.outbox.store import Outbox
 from ws_celery.outbox.tables import outbox_table
 from ws_celery.settings import our_setting
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
 __all__ = ("Outbox", "includeme", "outbox_table")
 
 
-def includeme(config: Any) -> None:
+def includeme(config: Configurator) -> None:
     """Keep the dispatches of the application in its database until they have taken effect."""
     # Before PHASE3, where tasks are registered, and before the setting is looked at.
     config.action("ws_celery.outbox", _switch_on, args=(config,), order=PHASE3_CONFIG - 2)
-    config.include("ws_celery.outbox.relay")
 
 
-def _switch_on(config: Any) -> None:
+def _switch_on(config: Configurator) -> None:
     app = get_celery_app(config.registry)
     _refuse_protocol_1(app)
     settings = config.registry.settings
@@ -40,6 +40,7 @@ def _switch_on(config: Any) -> None:
         lease=our_setting(settings, "ws_celery.outbox.lease", 300.0),
         max_deliveries=our_setting(settings, "ws_celery.outbox.max_deliveries", 10),
     )
+    app.outbox.relay = Relay(app.outbox, poll=our_setting(settings, "ws_celery.outbox.poll", 1.0))
 
 
 def _refuse_protocol_1(app: PyramidCelery) -> None:

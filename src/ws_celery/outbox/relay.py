@@ -1,7 +1,7 @@
 """The relay: the loop that publishes what is due in the outbox; a thread of beat, or alone.
 
 What is due was not published (the broker was down, the process died between commit and publish),
-waits for its eta, or has not taken effect within its lease. Each batch is claimed in one short
+waits for its eta, or has not taken effect within its lease. Each batch is leased in one short
 transaction, which counts the delivery and doubles the lease, and published after it. If the relay
 dies in between, the lease brings the rows again.
 """
@@ -9,8 +9,10 @@ dies in between, the lease brings the rows again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from random import uniform
@@ -18,42 +20,68 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery import signals
-from pyramid.config import PHASE3_CONFIG
+from kombu import Connection as BrokerConnection
+from kombu import Producer
 
-from ws_celery.app import get_celery_app
+from ws_celery.converters import aware
 from ws_celery.events import listen
 from ws_celery.exceptions import BrokenRow, BrokerUnavailable
-from ws_celery.masking import logger_of
+from ws_celery.masking import logger_of, masked_text
 from ws_celery.outages import BACKOFF, Service
-from ws_celery.outbox.canary import Canary
 from ws_celery.outbox.rows import UNREADABLE
-from ws_celery.outbox.tables import aware
-from ws_celery.settings import our_setting
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from celery.beat import Service as Beat
+    from sqlalchemy import Connection, Row
+
+    from ws_celery.app import PyramidCelery
     from ws_celery.outbox.store import Outbox
     from ws_celery.recording import Publication
 
 __all__ = (
     "BATCH",
     "Batch",
+    "Canary",
     "Deliveries",
     "Relay",
-    "includeme",
 )
 
 log = logger_of(__name__)
 
+#: How many rows one transaction leases, and one flush publishes.
+BATCH = 1000
+
+#: Seconds between two looks at the canary.
+WATCH = 3.0
+
+#: Answer of a broker that does not know a queue.
+_NOT_FOUND = "404"
+
+#: How many canaries there may be: several relays put one each.
+_ENOUGH = 2
+
+#: Transports that answer a passive declaration truthfully and at once. Others only estimate how
+#: many messages there are.
+_TRUTHFUL = ("amqp", "redis")
+
+_TOO_OFTEN = (
+    "sent {} times by the relay (ws_celery.outbox.max_deliveries), and no run has ended: it may "
+    "kill its worker, take longer than the lease, or be taken from its queue by the workers of "
+    "another application"
+)
+
 
 class Batch(NamedTuple):
-    """What one transaction has taken.
+    """What one transaction has leased.
 
     :param publications: what is to be published.
-    :param taken: how many rows were due: none if all are in the hands of somebody else.
+    :param leased: how many rows were due: none if other transactions have locked them all.
     """
 
     publications: list[Publication]
-    taken: int
+    leased: int
 
 
 class Deliveries:
@@ -66,8 +94,8 @@ class Deliveries:
         self._outbox = outbox
         self._rows = outbox.rows
 
-    def take(self, limit: int, length: Callable[[str], int]) -> Batch:
-        """Take messages that are due; their delivery is counted, and their lease doubled, before.
+    def lease(self, limit: int, length: Callable[[str], int]) -> Batch:
+        """Lease messages that are due; their delivery is counted, and their lease doubled, before.
 
         What cannot be sent ends here: a row that is broken or that nobody can read, and one that
         was sent too often, become dead letters, an expired one is deleted. What was sent before and
@@ -76,98 +104,82 @@ class Deliveries:
 
         :param limit: how many at most.
         :param length: returns how many messages wait in a queue.
-        :raises BrokerUnavailable: if the broker does not tell; nothing is counted then.
+        :raises BrokerUnavailable: if the broker does not answer; nothing is counted then.
         """
         try:
-            return self._take(limit, length)
+            return self._lease(limit, length)
         except UNREADABLE:
-            if not self._bury_unreadable(limit):
+            if not self._make_unreadable_dead_letters(limit):
                 raise
             return Batch([], limit)
 
-    def _take(self, limit: int, length: Callable[[str], int]) -> Batch:
+    def _lease(self, limit: int, length: Callable[[str], int]) -> Batch:
         with self._outbox.begin() as connection:
-            rows = self._rows.take_due(connection, limit)
-            self._outbox.look(connection)
+            rows = self._rows.lease_due(connection, limit)
+            self._outbox.find_place(connection)
             early = self._early(rows)
-            publications, endings = self._sorted([row for row in rows if row.id not in early])
-            self._rows.put_off(connection, early)
-            self._end(connection, endings)
-        ids = {publication.row_id for publication in publications}
+            publications, ended = self._sorted([row for row in rows if row.id not in early])
+            self._rows.postpone(connection, early)
+            self._end(connection, ended)
+        ids = {each.row_id for each in publications if each.row_id}
         try:
             waiting = self._waiting([row for row in rows if row.id in ids], length)
         except BrokerUnavailable:
-            self.give_back(ids)
+            self.release(ids)
             raise
         if waiting:
-            self.give_back(waiting, now=False)
+            self.release(waiting, now=False)
         left = [each for each in publications if each.row_id not in waiting]
         return Batch(left, len(rows))
 
-    def give_back(self, ids: Iterable[Any], *, now: bool = True) -> None:
+    def release(self, ids: Iterable[UUID], *, now: bool = True) -> None:
         """Undo the count of messages that were not sent; they are due now, or after their lease."""
-        with self._outbox.begin() as connection:
-            self._rows.give_back(connection, ids, now=now)
+        self._outbox.execute(self._rows.release, ids, now=now)
 
-    def all_due(self) -> int:
-        """Make all that is unfinished due now, but for far etas; return how many that are."""
-        with self._outbox.begin() as connection:
-            return self._rows.hasten_all(connection, self._outbox.lease)
-
-    def seconds_until_due(self) -> float | None:
-        """Return in how many seconds the next row is due, or ``None`` if there is none."""
-        with self._outbox.begin() as connection:
-            return self._rows.seconds_until_due(connection)
-
-    def _early(self, rows: Sequence[Any]) -> dict[Any, float]:
+    def _early(self, rows: Sequence[Row[Any]]) -> dict[UUID, float]:
         """Return what waits for a far eta still: by id, in how many seconds it is due."""
         found = {row.id: self._outbox.when_due(row.eta) for row in rows if row.eta}
         return {row_id: due for row_id, (far, due) in found.items() if far}
 
-    def _sorted(self, rows: Sequence[Any]) -> tuple[list[Publication], dict[Any, str | None]]:
+    def _sorted(self, rows: Sequence[Row[Any]]) -> tuple[list[Publication], dict[UUID, str | None]]:
         """Return what can be sent, and why the others cannot: by id, ``None`` if expired."""
         now = datetime.now(timezone.utc)
         publications: list[Publication] = []
-        endings: dict[Any, str | None] = {}
-        most = self._outbox.max_deliveries
+        ended: dict[UUID, str | None] = {}
         for row in rows:
             if row.expires is not None and aware(row.expires) <= now:
-                endings[row.id] = None
+                ended[row.id] = None
             elif row.error is not None:  # the rest of a run that has committed by itself
-                endings[row.id] = row.error
-            elif row.deliveries >= most:
-                endings[row.id] = (
-                    f"sent {row.deliveries} times by the relay (ws_celery.outbox.max_deliveries), "
-                    "and no run has ended: it may kill its worker, take longer than the lease, or "
-                    "be taken from its queue by the workers of another application"
-                )
+                ended[row.id] = row.error
+            elif row.deliveries >= self._outbox.max_deliveries:
+                ended[row.id] = _TOO_OFTEN.format(row.deliveries)
             else:
                 try:
                     publications.append(self._outbox.publication_of(row))
                 except BrokenRow as error:
-                    endings[row.id] = str(error)
-        return publications, endings
+                    ended[row.id] = str(error)
+        return publications, ended
 
-    def _bury_unreadable(self, limit: int) -> int:
-        """Make a row that stops all others a dead letter; return how many there were."""
+    def _make_unreadable_dead_letters(self, limit: int) -> int:
+        """Make rows that stop all others dead letters; return how many there were."""
         with self._outbox.begin() as connection:
             errors = self._rows.unreadable(connection, limit)
             for row_id, error in errors.items():
                 reason = f"the row cannot be read: {error}"
-                self._rows.bury_unreadable(connection, row_id, reason)
+                self._rows.make_unreadable_dead_letter(connection, row_id, reason)
         return len(errors)
 
-    def _end(self, connection: Any, endings: dict[Any, str | None]) -> None:
-        expired = [row_id for row_id, error in endings.items() if not error]
+    def _end(self, connection: Connection, ended: dict[UUID, str | None]) -> None:
+        expired = [row_id for row_id, error in ended.items() if not error]
         if expired:
             self._rows.delete(connection, expired)
-        for row_id, error in endings.items():
+        for row_id, error in ended.items():
             if error:
-                self._rows.bury(connection, row_id, error)
+                self._rows.make_dead_letter(connection, row_id, error)
 
-    def _waiting(self, rows: Iterable[Any], length: Callable[[str], int]) -> set[Any]:
+    def _waiting(self, rows: Iterable[Row[Any]], length: Callable[[str], int]) -> set[UUID]:
         """Return the ids of what was sent before and still waits in its queue."""
-        queues: dict[str, list[Any]] = {}
+        queues: dict[str, list[Row[Any]]] = {}
         for row in rows:
             if row.queue and _was_sent(row):
                 queues.setdefault(row.queue, []).append(row)
@@ -177,17 +189,17 @@ class Deliveries:
             for row in self._still_there(sent, queue, length(queue))
         }
 
-    def _still_there(self, sent: list[Any], queue: str, length: int) -> list[Any]:
+    def _still_there(self, sent: list[Row[Any]], queue: str, length: int) -> list[Row[Any]]:
         # What is in a queue is what was sent last: as many of the youngest as it is long.
         if not length:
             return []
-        with self._outbox.begin() as connection:
-            since = self._rows.waiting_since(connection, queue, length, self._outbox.lease)
+        outbox = self._outbox
+        since = outbox.execute(self._rows.waiting_since, queue, length, outbox.lease)
         return [row for row in sent if since is None or row.created_at >= since]
 
 
-def _was_sent(row: Any) -> bool:
-    """Tell whether a row is due because its lease has run out, not for the first time."""
+def _was_sent(row: Row[Any]) -> bool:
+    """Return whether a row is due because its lease has run out, not for the first time."""
     if row.deliveries:
         return True
     ready = max(filter(None, (row.created_at, row.eta)))
@@ -195,29 +207,11 @@ def _was_sent(row: Any) -> bool:
     return waited > row.lease / 2
 
 
-#: How many rows one transaction claims, and one flush publishes.
-BATCH = 1000
-
-#: Seconds between two looks at the canary.
-WATCH = 3.0
-
-
-def includeme(config: Any) -> None:
-    """Let the application's beat publish what is due in its outbox."""
-    config.action("ws_celery.outbox.relay", _make, args=(config,), order=PHASE3_CONFIG)
-
-
-def _make(config: Any) -> None:
-    outbox = get_celery_app(config.registry).outbox
-    poll = our_setting(config.registry.settings, "ws_celery.outbox.poll", 1.0)
-    outbox.relay = Relay(outbox, poll=poll)
-
-
 class Relay:
     """Publishes what is due in an outbox. Any number of relays may run, in any processes.
 
     :param outbox: the outbox.
-    :param batch: how many rows one transaction claims, and one flush publishes.
+    :param batch: how many rows one transaction leases, and one flush publishes.
     :param poll: seconds between two looks into the outbox.
     :param watch: seconds between two looks at the canary.
     :param health_file: is touched after each turn in which broker and database have answered.
@@ -225,7 +219,7 @@ class Relay:
 
     def __init__(
         self,
-        outbox: Any,
+        outbox: Outbox,
         *,
         batch: int = BATCH,
         poll: float = 1.0,
@@ -238,14 +232,13 @@ class Relay:
         self.health_file = health_file
         self._outbox = outbox
         self._deliveries = Deliveries(outbox)
-        self._canary: Canary | None = None
         self._watch_at = 0.0
         self._broker = Service("The relay", "broker")
         self._database = Service("The relay", "database")
         self._health = Service("The relay", "health file")
         listen(signals.beat_init, self.on_beat_init)
 
-    def on_beat_init(self, sender: Any = None, **_: Any) -> None:
+    def on_beat_init(self, sender: Beat, **_: Any) -> None:
         """Start with beat, and end with the thread that it runs in."""
         if sender.app is self._outbox.app:
             self.start()
@@ -278,24 +271,24 @@ class Relay:
     def close(self) -> None:
         """Close the connections to the broker."""
         self._outbox.app.publisher.close()
-        if self._canary is not None:
-            self._canary.close()
+        if "canary" in vars(self):
+            self.canary.close()
 
     def turn(self, wanted: Callable[[], bool] = lambda: True) -> float:
         """Look at the broker, publish all that is due, and return how many seconds to wait then.
 
         What fails is logged once, until it works again.
 
-        :param wanted: tells whether another batch is to be taken.
+        :param wanted: returns whether another batch is to be leased.
         """
         try:
             more = True
             while more and wanted():
                 self._look()
                 self._broker.works()
-                more = self._sweep()
+                more = self._publish_batch()
                 self._database.works()
-                self._tell_health()
+                self._touch_health_file()
             return self._wait()
         except BrokerUnavailable as error:
             return self._broker.failed(error)
@@ -305,7 +298,7 @@ class Relay:
             log.exception("The relay has failed, and goes on")
             return BACKOFF[1]
 
-    def _tell_health(self) -> None:
+    def _touch_health_file(self) -> None:
         if self.health_file is None:
             return
         try:
@@ -315,32 +308,31 @@ class Relay:
         else:
             self._health.works()
 
-    @property
+    @cached_property
     def canary(self) -> Canary:
-        """What tells whether the broker has lost its data; named after the outbox's database."""
-        if self._canary is None:
-            url, table = self._outbox.engine.url, self._outbox.rows.table.fullname
-            place = f"{url.host}:{url.port}/{url.database}/{table}"
-            name = sha256(place.encode()).hexdigest()[:16]
-            self._canary = Canary(self._outbox.app, f"ws_celery_canary.{name}")
-        return self._canary
+        """Shows whether the broker has lost its data; named after the outbox's database."""
+        url, table = self._outbox.engine.url, self._outbox.rows.table.fullname
+        place = f"{url.host}:{url.port}/{url.database}/{table}"
+        name = sha256(place.encode()).hexdigest()[:16]
+        return Canary(self._outbox.app, f"ws_celery_canary.{name}")
 
     # The broker
 
     def _look(self) -> None:
         if monotonic() < self._watch_at and not self._broker.error:
             return
-        if not self.canary.lives():
+        if not self.canary.is_there():
             self.canary.declare_all()
-            self._tell_of_loss(self._deliveries.all_due())
+            outbox = self._outbox
+            self._log_loss(outbox.execute(outbox.rows.make_all_due, outbox.lease))
             # Last: who dies before leaves the loss to be seen.
-            self.canary.lay()
+            self.canary.put()
         elif self._broker.error:
-            self.canary.lay()  # a demoted Redis answers, and takes nothing
-        # Not all relays at the same time: the first one mends a loss for all.
+            self.canary.put()  # a demoted Redis answers, and takes nothing
+        # Not all relays at the same time: the first one repairs a loss for all.
         self._watch_at = monotonic() + self.watch * uniform(0.5, 1)  # noqa: S311 - no secret
 
-    def _tell_of_loss(self, unfinished: int) -> None:
+    def _log_loss(self, unfinished: int) -> None:
         if unfinished:
             log.warning(
                 "The broker has lost its data, or is new: %d unfinished tasks are sent again",
@@ -351,16 +343,16 @@ class Relay:
 
     # The outbox
 
-    def _sweep(self) -> bool:
+    def _publish_batch(self) -> bool:
         """Publish one batch; return whether there may be another one."""
-        batch = self._deliveries.take(self.batch, self.canary.length)
+        batch = self._deliveries.lease(self.batch, self.canary.length)
         if batch.publications:
             self._publish(batch.publications)
             log.debug("The relay has sent %d tasks", len(batch.publications))
-        return batch.taken == self.batch
+        return batch.leased == self.batch
 
     def _wait(self) -> float:
-        due = self._deliveries.seconds_until_due()
+        due = self._outbox.execute(self._outbox.rows.seconds_until_due)
         # What is due still is locked by a task that runs.
         return self.poll if due is None or due <= 0 else min(due, self.poll)
 
@@ -373,7 +365,7 @@ class Relay:
             self._flush(publications)
         except Exception:
             log.debug("A batch of %d tasks was not sent", len(publications), exc_info=True)
-            self._make_sure_of_broker(publications)
+            self._ensure_broker(publications)
             for number, publication in enumerate(publications):
                 self._publish_alone(publication, publications[number:])
 
@@ -381,18 +373,109 @@ class Relay:
         try:
             self._flush([publication])
         except Exception:
-            self._make_sure_of_broker(left)
+            self._ensure_broker(left)
             # It stays counted, and is tried again after its lease.
             name, task_id = publication.task_name, publication.task_id
             log.exception("%s[%s] cannot be sent; others can", name, task_id)
 
-    def _make_sure_of_broker(self, publications: Sequence[Publication]) -> None:
+    def _ensure_broker(self, publications: Sequence[Publication]) -> None:
         try:
             self.canary.replace()
         except BrokerUnavailable:
-            self._deliveries.give_back([publication.row_id for publication in publications])
+            self._deliveries.release([each.row_id for each in publications if each.row_id])
             raise
 
     def _flush(self, publications: Sequence[Publication]) -> None:
         self._outbox.app.publisher.flush(publications)
         self._outbox.published(publications)
+
+
+class Canary:
+    """A message in a queue of its own that nobody consumes: without it, a broker has lost its data.
+
+    A server that was emptied or came back without its data does not say so. Its queues are gone,
+    and so is the canary. It has a connection of its own, bounded in time as those of the publisher.
+
+    :param app: the Celery app whose broker it is.
+    :param name: of the queue; applications that share a broker need one each.
+    """
+
+    def __init__(self, app: PyramidCelery, name: str) -> None:
+        self.name = name
+        self._app = app
+        self._connection: BrokerConnection | None = None
+
+    def is_there(self) -> bool:
+        """Return whether the message is there; if the broker does not know, whether it answers.
+
+        :raises BrokerUnavailable: if it does not.
+        """
+        with self._opened() as connection:
+            truthful = connection.transport.driver_type in _TRUTHFUL
+            return not truthful or self.length(self.name) > 0
+
+    def length(self, queue: str) -> int:
+        """Return how many messages wait in a queue: 0 if there is none, or it is not known.
+
+        :raises BrokerUnavailable: if the broker does not answer.
+        """
+        with self._opened() as connection:
+            if connection.transport.driver_type not in _TRUTHFUL:
+                return 0
+            try:
+                return int(connection.default_channel.queue_declare(queue, passive=True)[1])
+            except connection.channel_errors as error:
+                if str(getattr(error, "reply_code", "")) != _NOT_FOUND:
+                    raise
+                self.close()  # RabbitMQ has closed the channel
+                return 0
+
+    def declare_all(self) -> None:
+        """Declare the application's queues anew; see ``Publisher``.
+
+        :raises BrokerUnavailable: if the broker does not answer.
+        """
+        self.close()
+        with self._opened():
+            self._app.publisher.declare_all()
+
+    def put(self) -> None:
+        """Put a message into the queue; an older one may go.
+
+        :raises BrokerUnavailable: if the broker does not answer, or does not take it.
+        """
+        with self._opened() as connection:
+            channel = connection.default_channel
+            channel.queue_declare(self.name, durable=True, auto_delete=False)
+            Producer(channel).publish("ws_celery", routing_key=self.name, delivery_mode=2)
+            # Answered when what was sent before has arrived. Never empty: another relay may look.
+            if channel.queue_declare(self.name, passive=True)[1] > _ENOUGH:
+                channel.basic_get(self.name, no_ack=True)
+
+    def replace(self) -> None:
+        """Put another message into the queue: a broker that answers may still take none.
+
+        :raises BrokerUnavailable: if it takes none; or the old one is lost, which is to be seen.
+        """
+        if not self.is_there():
+            raise BrokerUnavailable("The broker has lost its data.")
+        self.put()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.collect()
+            self._connection = None
+
+    @contextmanager
+    def _opened(self) -> Iterator[BrokerConnection]:
+        try:
+            if self._connection is None:
+                self._connection = self._app.publisher.connect()
+            yield self._connection
+        except BrokerUnavailable:
+            raise
+        except Exception as error:
+            self.close()
+            said = masked_text(f"{type(error).__name__}: {error}")
+            raise BrokerUnavailable(f"The broker does not answer: {said}") from error

@@ -16,10 +16,12 @@ from sqlalchemy import (
     BindParameter,
     ColumnElement,
     Connection,
+    Delete,
     Float,
     Row,
     Select,
     Table,
+    Update,
     Uuid,
     and_,
     bindparam,
@@ -40,6 +42,8 @@ from ws_celery.compat import values_of_row
 from ws_celery.outbox.tables import aware, seconds_from_now
 
 __all__ = ("UNREADABLE", "Rows")
+
+Condition = ColumnElement[bool]
 
 #: What a driver raises that cannot read a value, such as a time after the year 9999.
 UNREADABLE = (DataError, TypeError, ValueError, OverflowError)
@@ -86,22 +90,20 @@ class Rows:
         """Write rows; ``due`` of each is in how many seconds the relay is to look at it."""
         connection.execute(self._insert, rows)
 
-    def hasten(self, connection: Connection, ids: Iterable[UUID]) -> None:
+    def make_due(self, connection: Connection, ids: Iterable[UUID]) -> None:
         """Make rows due now: they could not be published. Dead letters stay what they are."""
         columns = self.table.c
-        found = self._unlocked(and_(columns.id.in_(list(ids)), columns.due_at.is_not(None)))
-        statement = update(self.table).where(columns.id.in_(found)).values(due_at=self._now)
-        connection.execute(statement)
+        self._make_due(connection, and_(columns.id.in_(list(ids)), columns.due_at.is_not(None)))
 
-    def hasten_all(self, connection: Connection, far: float) -> int:
+    def make_all_due(self, connection: Connection, far: float) -> int:
         """Make all rows due now, except those whose eta is more than ``far`` seconds away.
 
         :return: how many.
         """
-        columns = self.table.c
-        found = self._unlocked(and_(columns.due_at > self._now, self._near(far)))
-        statement = update(self.table).where(columns.id.in_(found)).values(due_at=self._now)
-        return connection.execute(statement).rowcount
+        return self._make_due(connection, and_(self.table.c.due_at > self._now, self._near(far)))
+
+    def _make_due(self, connection: Connection, condition: Condition) -> int:
+        return connection.execute(self._update(condition).values(due_at=self._now)).rowcount
 
     # A run
 
@@ -114,12 +116,12 @@ class Rows:
         claim = self._guarded_claim if is_postgresql else self._claim
         return connection.execute(claim, {"row_id": row_id}).rowcount == 1
 
-    def _delete_one(self, condition: Any) -> Any:
+    def _delete_one(self, condition: Condition) -> Delete:
         found = self._unlocked(condition).scalar_subquery()
         return delete(self.table).where(self.table.c.id == found)
 
     def is_there(self, connection: Connection, row_id: UUID) -> bool:
-        """Tell whether a row is there, and no dead letter."""
+        """Return whether a row is there, and no dead letter."""
         found = select(self.table.c.id).where(self._is_alive(row_id))
         return connection.execute(found).first() is not None
 
@@ -144,10 +146,6 @@ class Rows:
         values |= {"due_at": self._later, "deliveries": 0}
         connection.execute(insert(self.table).values(**values), {"seconds": lease})
 
-    def delete_one(self, connection: Connection, row_id: UUID) -> bool:
-        """Delete a row, also a dead letter; return whether it was there and not locked."""
-        return self.delete(connection, [row_id]) == 1
-
     def delete(self, connection: Connection, ids: Iterable[UUID]) -> int:
         """Delete rows that are not locked; return how many."""
         return self._delete(connection, self.table.c.id.in_(list(ids)))
@@ -161,7 +159,7 @@ class Rows:
         """Delete rows of these tasks that are not locked; return how many."""
         return self._delete(connection, self.table.c.task_id.in_(list(task_ids)))
 
-    def _delete(self, connection: Connection, condition: Any) -> int:
+    def _delete(self, connection: Connection, condition: Condition) -> int:
         found = self._unlocked(condition)
         return connection.execute(delete(self.table).where(self.table.c.id.in_(found))).rowcount
 
@@ -180,45 +178,37 @@ class Rows:
         )
         return connection.execute(statement, {"seconds": due}).rowcount == 1
 
-    def bury(self, connection: Connection, row_id: UUID, error: str) -> bool:
+    def make_dead_letter(self, connection: Connection, row_id: UUID, error: str) -> bool:
         """Make a row a dead letter; return whether it was there and not locked."""
-        statement = (
-            update(self.table)
-            .where(self.table.c.id.in_(self._unlocked(self.table.c.id == row_id)))
-            .values(due_at=None, died_at=self._now, error=_storable(error))
-        )
+        values = {"due_at": None, "died_at": self._now, "error": _storable(error)}
+        statement = self._update(self.table.c.id == row_id).values(values)
         return connection.execute(statement).rowcount > 0
 
-    def bury_unreadable(self, connection: Connection, row_id: UUID, error: str) -> None:
+    def make_unreadable_dead_letter(self, connection: Connection, row_id: UUID, error: str) -> None:
         """Make a row a dead letter without the times that it had: one of them is none."""
         values = dict.fromkeys(("eta", "expires", "due_at"))
         found = self.table.c.id == row_id
         statement = update(self.table).where(found).values(**values, error=_storable(error))
         connection.execute(statement.values(created_at=self._now, died_at=self._now))
 
-    def count_loss(self, connection: Connection, row_id: UUID, most: int, error: str) -> bool:
+    def count_lost_run(self, connection: Connection, row_id: UUID, most: int, error: str) -> None:
         """Count a run that has taken its process with it, like a delivery.
 
         :param most: how many there may be; with the last one the row is a dead letter.
-        :return: whether the row was there and not locked.
         """
         columns = self.table.c
         last = columns.deliveries + 1 >= most
-        statement = (
-            update(self.table)
-            .where(columns.id.in_(self._unlocked(self._is_alive(row_id))))
-            .values(
-                deliveries=columns.deliveries + 1,
-                due_at=case((last, None), else_=columns.due_at),
-                died_at=case((last, self._now), else_=None),
-                error=case((last, _storable(error)), else_=None),
-            )
-        )
-        return connection.execute(statement).rowcount == 1
+        values = {
+            "deliveries": columns.deliveries + 1,
+            "due_at": case((last, None), else_=columns.due_at),
+            "died_at": case((last, self._now), else_=None),
+            "error": case((last, _storable(error)), else_=None),
+        }
+        connection.execute(self._update(self._is_alive(row_id)).values(values))
 
     # The relay
 
-    def take_due(self, connection: Connection, limit: int) -> Sequence[Row[Any]]:
+    def lease_due(self, connection: Connection, limit: int) -> Sequence[Row[Any]]:
         """Lock the rows that are due, and count their delivery before it is made.
 
         They are due again after their lease, which is doubled.
@@ -227,15 +217,16 @@ class Rows:
         """
         if connection.dialect.name == "postgresql":
             connection.execute(select(*_KEEPALIVE))
-            rows = connection.execute(self._take(self._due(limit).cte("due"))).all()
-            return sorted(rows, key=lambda row: row.due_at)
+            due = self._due(limit).cte("due")
+            leased = self._leased().where(self.table.c.id == due.c.id).returning(*due.c)
+            return sorted(connection.execute(leased).all(), key=lambda row: row.due_at)
         if connection.dialect.name == "sqlite":
             # It locks the database at the first statement that writes, and not at one that reads.
             connection.execute(delete(self.table).where(false()))
         rows = connection.execute(self._due(limit)).all()
         if rows:
             ids = [row.id for row in rows]
-            connection.execute(self._counted().where(self.table.c.id.in_(ids)))
+            connection.execute(self._leased().where(self.table.c.id.in_(ids)))
         return rows
 
     def unreadable(self, connection: Connection, limit: int) -> dict[UUID, Exception]:
@@ -260,10 +251,7 @@ class Rows:
             .with_for_update(skip_locked=True)
         )
 
-    def _take(self, due: Any) -> Any:
-        return self._counted().where(self.table.c.id == due.c.id).returning(*due.c)
-
-    def _counted(self) -> Any:
+    def _leased(self) -> Update:
         columns = self.table.c
         longest = columns.lease * 2 > LONGEST_LEASE
         return update(self.table).values(
@@ -272,27 +260,26 @@ class Rows:
             due_at=seconds_from_now(columns.lease),
         )
 
-    def give_back(self, connection: Connection, ids: Iterable[UUID], *, now: bool) -> None:
+    def release(self, connection: Connection, ids: Iterable[UUID], *, now: bool) -> None:
         """Undo the count of a delivery that was not made, unless the row is a dead letter.
 
         :param now: make the rows due now; else they stay due after the lease that they had.
         """
-        columns, values = self.table.c, self._uncounted()
+        columns, values = self.table.c, self._released()
         if now:
             values["due_at"] = self._now
         alive = columns.due_at.is_not(None)
-        taken = and_(columns.id.in_(list(ids)), columns.deliveries > 0, alive)
-        statement = update(self.table).where(columns.id.in_(self._unlocked(taken)))
-        connection.execute(statement.values(values))
+        leased = and_(columns.id.in_(list(ids)), columns.deliveries > 0, alive)
+        connection.execute(self._update(leased).values(values))
 
-    def put_off(self, connection: Connection, due: Mapping[UUID, float]) -> None:
-        """Undo the count of a delivery that was taken too early.
+    def postpone(self, connection: Connection, due: Mapping[UUID, float]) -> None:
+        """Undo the count of a delivery that is too early.
 
         :param due: by id, in how many seconds the rows are due.
         """
-        self._set(connection, due, **self._uncounted())
+        self._set_due(connection, due, **self._released())
 
-    def _uncounted(self) -> dict[str, Any]:
+    def _released(self) -> dict[str, Any]:
         columns = self.table.c
         return {"deliveries": columns.deliveries - 1, "lease": columns.lease / 2}
 
@@ -314,7 +301,7 @@ class Rows:
             .limit(1)
         )
 
-    def _near(self, far: float) -> Any:
+    def _near(self, far: float) -> Condition:
         eta = self.table.c.eta
         return or_(eta.is_(None), eta <= seconds_from_now(literal(far, Float)))
 
@@ -369,15 +356,15 @@ class Rows:
         found = self.select().where(self.table.c.id.in_(list(ids)))
         return connection.execute(found.with_for_update(skip_locked=True)).all()
 
-    def revive(self, connection: Connection, due: Mapping[UUID, float], lease: float) -> None:
+    def requeue(self, connection: Connection, due: Mapping[UUID, float], lease: float) -> None:
         """Make rows such as they are right after their dispatch.
 
         :param due: by id, in how many seconds the relay is to look at them.
         :param lease: what they are given, in seconds.
         """
-        self._set(connection, due, died_at=None, error=None, deliveries=0, lease=lease)
+        self._set_due(connection, due, died_at=None, error=None, deliveries=0, lease=lease)
 
-    def _set(self, connection: Connection, due: Mapping[UUID, float], **values: Any) -> None:
+    def _set_due(self, connection: Connection, due: Mapping[UUID, float], **values: object) -> None:
         statement = (
             update(self.table)
             .where(self.table.c.id == bindparam("row_id"))
@@ -387,10 +374,13 @@ class Rows:
             rows = [{"row_id": row_id, "seconds": seconds} for row_id, seconds in due.items()]
             connection.execute(statement, rows)
 
-    def _is_alive(self, row_id: UUID | BindParameter[UUID]) -> Any:
+    def _is_alive(self, row_id: UUID | BindParameter[UUID]) -> Condition:
         return and_(self.table.c.id == row_id, self.table.c.due_at.is_not(None))
 
-    def _unlocked(self, condition: Any) -> Any:
+    def _update(self, condition: Condition) -> Update:
+        return update(self.table).where(self.table.c.id.in_(self._unlocked(condition)))
+
+    def _unlocked(self, condition: Condition) -> Select[tuple[UUID]]:
         return select(self.table.c.id).where(condition).with_for_update(skip_locked=True)
 
 

@@ -1,153 +1,56 @@
-"""The outbox of one application: which dispatches it keeps, and where their rows are."""
+"""The outbox of one application: which dispatches it keeps, and how they become rows and messages.
+
+A row is written in the transaction that dispatches, by the session of its request: a
+:class:`Journal` sees to that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+import json as plain_json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import MAXYEAR, MINYEAR, datetime, timezone
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID, uuid4
 
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
-from sqlalchemy.orm import scoped_session
+from celery.utils.time import maybe_iso8601
+from kombu.utils import json
 from zope.interface import implementer
 
-from ws_celery.exceptions import (
-    ConfigurationError,
-    Part,
-    SessionError,
-    TableError,
-    Unavailable,
-    WsCeleryError,
-)
-from ws_celery.interfaces import IDatabase, IOutbox
-from ws_celery.masking import logger_of, masked_text
-from ws_celery.outbox.journal import Journal, publication_of, row_id_in, row_of, times_of
+from ws_celery.compat import resources_of
+from ws_celery.converters import aware
+from ws_celery.exceptions import BrokenRow, ConfigurationError, SessionError
+from ws_celery.interfaces import IOutbox
+from ws_celery.masking import logger_of
 from ws_celery.outbox.rows import Rows
-from ws_celery.outbox.runs import Claim, Unclaimed
-from ws_celery.outbox.tables import (
-    aware,
-    check_table,
-    create_table,
-    may_be_the_table,
-    outbox_table,
-    place_of,
-    read_only_reason,
-)
+from ws_celery.outbox.runs import Runs, row_id_in
+from ws_celery.outbox.tables import LONGEST_NAME, Database, join, outbox_table, place_of
 from ws_celery.outbox.worker import Reader, Reception, Settlement
-from ws_celery.recording import (
-    OUTBOX_HEADER,
-    ROW_HEADER,
-    Publication,
-    holding,
-    withheld,
-)
-from ws_celery.request import task_request
-from ws_celery.worker import Request
+from ws_celery.recording import Publication, bare_key
+from ws_celery.worker import Request as WorkerRequest
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine, Table
+    from celery import Task
+    from kombu.entity import Queue
+    from pyramid.request import Request
+    from sqlalchemy import Connection, Row
+    from sqlalchemy.orm import Session
+    from transaction import Transaction
 
-__all__ = (
-    "Database",
-    "Outbox",
-)
+    from ws_celery.app import PyramidCelery
+    from ws_celery.outbox.relay import Relay
+
+__all__ = ("Journal", "Outbox")
 
 log = logger_of(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-@implementer(IDatabase)
-class Database:
-    """The database of the application's sessions, for one table of ours.
+#: What is not kept: how the first publisher tried, and what is computed anew.
+_PASSING = ("declare", "exchange", "expiration", "retry", "retry_policy")
 
-    :param app: the Celery app.
-    :param table: the table.
-    """
-
-    #: What it is for.
-    part: Part = "outbox"
-    #: What may go wrong with the database.
-    errors = (SQLAlchemyError, WsCeleryError)
-
-    def __init__(self, app: Any, table: Table) -> None:
-        self.app = app
-        self.table = table
-
-    @cached_property
-    def engine(self) -> Engine:
-        """The engine of the application's sessions, for transactions of our own.
-
-        They run ``READ COMMITTED``: with a stricter level, a row that is gone meanwhile would be an
-        error instead of nothing.
-        """
-        with task_request(self.app.registry, self.app.propagation, {}) as request:
-            bind = self.session_of(request, f"the {self.part}").get_bind(clause=self.table)
-        engine: Engine = getattr(bind, "engine", bind)
-        if engine.dialect.name == "sqlite":
-            return engine
-        return engine.execution_options(isolation_level="READ COMMITTED")
-
-    @contextmanager
-    def begin(self) -> Iterator[Connection]:
-        """Open a transaction of our own, and commit it at the end.
-
-        :raises TableError: if the table is not there, or another one, or cannot be written.
-        :raises Unavailable: if it cannot be connected to.
-        """
-        with self.explaining(), self._connect() as connection, connection.begin():
-            yield connection
-
-    def _connect(self) -> Connection:
-        try:
-            return self.engine.connect()
-        except OperationalError as error:
-            raise Unavailable(self.part, masked_text(str(error.orig))) from error
-
-    @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Let the database's error say what to do, where we know it."""
-        try:
-            yield
-        except DBAPIError as error:
-            if (reason := read_only_reason(error)) is not None:
-                raise TableError(self.part, self.table.fullname, reason, "read-only") from error
-            if may_be_the_table(error):
-                self._blame_table(error)
-            raise
-
-    def _blame_table(self, cause: DBAPIError) -> None:
-        with suppress(SQLAlchemyError, Unavailable):
-            try:
-                self.check_table()
-            except TableError as error:
-                raise error from cause
-
-    def check_table(self) -> None:
-        """Compare the table with its definition.
-
-        :raises TableError: if it is not there, or another one.
-        """
-        with self._connect() as connection:
-            check_table(connection, self.table, self.part)
-
-    def create_table(self) -> bool:
-        """Create the table if it is missing; return whether it was.
-
-        :raises TableError: if there is another one of its name.
-        """
-        with self.begin() as connection:
-            return create_table(connection, self.table, self.part)
-
-    def session_of(self, request: Any, task: str) -> Any:
-        """Return the session of a request.
-
-        :raises SessionError: if it has none.
-        """
-        session = getattr(request, self.app.session_attribute, None)
-        if session is None:
-            raise SessionError.missing(self.part, task, self.app.session_attribute)
-        return session() if isinstance(session, scoped_session) else session
+#: How often the flush of a session may lead to another one.
+_FLUSHES = 100
 
 
 @implementer(IOutbox)
@@ -160,9 +63,12 @@ class Outbox(Database):
     :param max_deliveries: how often the relay sends a message before it is a dead letter.
     """
 
+    #: Publishes what is due, in beat or alone.
+    relay: Relay
+
     def __init__(
         self,
-        app: Any,
+        app: PyramidCelery,
         *,
         table: str = "ws_celery_outbox",
         lease: float = 300.0,
@@ -170,13 +76,12 @@ class Outbox(Database):
     ) -> None:
         super().__init__(app, outbox_table(table))
         self.rows = Rows(self.table)
+        self.runs = Runs(self)
         self.lease = lease
         self.max_deliveries = max_deliveries
-        #: Publishes what is due, in beat or alone.
-        self.relay: Any = None
-        #: What tells this outbox from all others, if it is known.
+        #: What identifies this outbox among all others, if it is known.
         self.place: str | None = None
-        self._settlement = Settlement(self)
+        self.settlement = Settlement(self)
         if "worker_consumer" not in app.conf.table(with_defaults=False):
             app.conf.worker_consumer = f"{Reader.__module__}:{Reader.__name__}"
 
@@ -191,12 +96,12 @@ class Outbox(Database):
             )
         return connection
 
-    def look(self, connection: Connection) -> None:
-        """Find out what tells this outbox from all others; the database is asked once."""
+    def find_place(self, connection: Connection) -> None:
+        """Find out what identifies this outbox; the database is asked once."""
         if self.place is None:
             self.place = place_of(connection, self.table)
 
-    def set_defaults(self, task: Any) -> None:
+    def set_defaults(self, task: type[Task]) -> None:
         """Let the messages of a class of TransactionalTasks survive the worker that runs them.
 
         What the class or the configuration says of ``acks_late`` and ``reject_on_worker_lost``
@@ -206,59 +111,52 @@ class Outbox(Database):
         for option in ("acks_late", "reject_on_worker_lost"):
             if getattr(task, option) is None and f"task_{option}" not in configured:
                 setattr(task, option, True)
-        if task.Request == f"{Request.__module__}:{Request.__name__}":  # not one of its own
+        if task.Request == f"{WorkerRequest.__module__}:{WorkerRequest.__name__}":  # not its own
             task.Request = f"{Reception.__module__}:{Reception.__name__}"
 
     # Dispatch
 
-    def journal(self, txn: Any, publications: Iterable[Any]) -> Journal:
+    def journal(self, txn: Transaction, publications: Iterable[Publication]) -> Journal:
         """Return what writes the rows of a transaction before it commits."""
         return Journal(self, txn, publications)
 
-    def keeps(self, publication: Publication) -> bool:
-        """Tell whether a message is to be kept: events are not, nor tasks that opted out."""
-        if publication.task_id is None:
-            return False
-        return bool(getattr(self.app.tasks.get(publication.task_name), "outbox", True))
+    def admit(self, publications: Iterable[Publication]) -> list[Publication]:
+        """Give a row to each message that is to be kept: events are not, nor tasks that opted out.
+
+        :return: those that are.
+        """
+        tasks, kept = self.app.tasks, []
+        for publication in publications:
+            headers = publication.options.get("headers") or {}
+            name = headers.get("task")
+            if headers.get("id") is None or not getattr(tasks.get(name), "outbox", True):
+                continue
+            publication.row_id = uuid4()
+            publication.anonymous = name not in tasks
+            kept.append(publication)
+        return kept
 
     def keep(self, connection: Connection, publications: Iterable[Publication]) -> None:
         """Write the rows of messages that are to be kept, in the transaction of a connection."""
-        kept = [publication for publication in publications if self.keeps(publication)]
-        for publication in kept:
-            self.number(publication)
-        if kept:
+        if kept := self.admit(publications):
             self.write(connection, kept)
 
     def write(self, connection: Connection, publications: Sequence[Publication]) -> None:
         """Write the rows of messages that have been given theirs."""
-        self.look(connection)
-        self.rows.insert(connection, [self.row(publication) for publication in publications])
+        self.find_place(connection)
+        self.rows.insert(connection, [self.row_of(publication) for publication in publications])
 
     def keep_late(self, publications: Iterable[Publication]) -> None:
         """Write the rows of messages whose own transaction is over, or send them without a row."""
         try:
-            with self.begin() as connection:
-                self.keep(connection, publications)
+            self.execute(self.keep, publications)
         except self.errors:
             log.exception("The outbox could not be written; the tasks are sent without a row")
             for publication in publications:
                 publication.row_id, publication.waits = None, False
 
-    def number(self, publication: Publication) -> None:
-        """Give a message that is to be kept its row."""
-        publication.row_id = uuid4()
-        publication.anonymous = self.is_foreign(publication)
-
-    def row(self, publication: Publication) -> dict[str, Any]:
-        """Return the row of a message, as :meth:`Rows.insert` takes it."""
-        row = row_of(publication, self.app.amqp.queues)
-        publication.outbox = self.place
-        # Told once: the clock may jump between here and the publish.
-        publication.waits, due = self.when_due(row["eta"])
-        return {**row, "lease": self.lease, "due": due}
-
     def when_due(self, eta: datetime | None) -> tuple[bool, float]:
-        """Tell whether a message waits in the outbox for its eta, not in a worker's memory.
+        """Return whether a message waits in the outbox for its eta, not in a worker's memory.
 
         :return: that, and in how many seconds the relay is to look at it: shortly before the eta if
             it waits; else a lease after it may run.
@@ -267,189 +165,278 @@ class Outbox(Database):
         far = wait > self.lease
         return far, wait - self.lease / 10 if far else wait + self.lease
 
-    def is_foreign(self, publication: Publication) -> bool:
-        """Tell whether no class of this application runs the task of a message."""
-        return publication.task_name not in self.app.tasks
+    # Messages
 
-    def publication_of(self, row: Any) -> Publication:
-        """Return the message of a row.
+    def check(self, publication: Publication) -> None:
+        """Refuse, at the call, a message whose row could not be written.
 
-        :raises BrokenRow: if it does not hold one.
+        :raises ValueError: if ``eta`` or ``expires`` is no time, or a name does not fit its column.
         """
-        publication = publication_of(row, self.app.amqp.queues, datetime.now(timezone.utc))
+        options = publication.options
+        _times_of(options)
+        for column, name in _names_of(options, {}).items():
+            if name is not None and not _fits(name):
+                raise ValueError(
+                    f"{name!a:.60} is no {column.replace('_', ' ')} that the outbox can keep. "
+                    f"Pass text of at most {LONGEST_NAME} characters, without NUL."
+                )
+
+    def row_of(self, publication: Publication) -> dict[str, Any]:
+        """Return the row of a message, as :meth:`Rows.insert` takes it."""
+        options, payload = publication.options, publication.payload
+        exchange = options.get("exchange")
+        kept = {key: value for key, value in options.items() if key not in _PASSING}
+        kept |= {
+            "declare": [entity.name for entity in options.get("declare") or ()],
+            "exchange": getattr(exchange, "name", exchange),
+            "text": isinstance(payload, str),
+            "anonymous": publication.anonymous,
+        }
+        times = _times_of(options)
+        publication.outbox = self.place
+        # Decided once: the clock may jump between here and the publish.
+        publication.waits, due = self.when_due(times["eta"])
+        return {
+            "id": publication.row_id,
+            **_names_of(options, self.app.amqp.queues),
+            "body": payload.encode() if isinstance(payload, str) else payload,
+            "options": json.dumps(kept),
+            **times,
+            "lease": self.lease,
+            "due": due,
+        }
+
+    def publication_of(self, row: Row[Any]) -> Publication:
+        """Make the message of a row again.
+
+        :raises BrokenRow: if the row does not hold one.
+        """
+        queues = self.app.amqp.queues
+        try:
+            options = _loads(row.options)
+            payload = row.body.decode() if options.pop("text") else row.body
+            anonymous = options.pop("anonymous", False)
+            # A queue that is not there any more is not declared.
+            options["declare"] = [queues[name] for name in options["declare"] if name in queues]
+            same = options["headers"]["id"] == row.task_id
+        except Exception as error:
+            raise BrokenRow(row.id, f"{type(error).__name__}: {error}") from error
+        if not same:
+            raise BrokenRow(row.id, "its headers are of another task")
+        if row.expires is None:
+            options["headers"]["expires"] = None  # or it began in time, and is run to its end
+        else:
+            options["expiration"] = max(_seconds_until(row.expires), 0)
+        publication = Publication(payload, options)
+        publication.row_id = row.id
+        publication.anonymous = anonymous
         publication.outbox = self.place
         return publication
 
     # After the commit
 
     def published(self, publications: Iterable[Publication]) -> None:
-        """Let go of the rows of tasks that no class of this application runs: they were sent."""
+        """Delete the rows of tasks that no class of this application runs: they were sent."""
         # Not asked anew: the relay may know other tasks than the process that has dispatched.
-        foreign = self._ids(each for each in publications if each.anonymous)
+        foreign = [each.row_id for each in publications if each.anonymous and each.row_id]
         if foreign:
-            self._try(self.rows.delete, foreign)
+            self.attempt(self.rows.delete, foreign)
 
     def not_published(self, publications: Iterable[Publication]) -> None:
         """Leave what could not be published to the relay, at once."""
-        if ids := self._ids(publications):
-            self._try(self.rows.hasten, ids)
-
-    # A run
-
-    def row_id_of(self, context: Any) -> UUID | None:
-        """Return the id of the row of a run, by Celery's context of it, or ``None``."""
-        return row_id_in(context.headers)
-
-    def owner_of(self, context: Any) -> str | None:
-        """Return which other outbox the message of a run belongs to, or ``None``.
-
-        Only for one that has no row here: after a move of the database, messages that were sent
-        before it name the old place.
-        """
-        told: str | None = context.headers.get(OUTBOX_HEADER)
-        return None if self.place is None or told == self.place else told
-
-    def claim(self, task: Any) -> Claim | None:
-        """Return the claim of the current run of ``task``, if its message has a row."""
-        row_id = self.row_id_of(task.request)
-        return None if row_id is None else Claim(self, task, row_id)
-
-    def unclaimed(self, task: Any) -> Unclaimed | None:
-        """Return the current run of a task without a transaction, if its message has a row."""
-        row_id = self.row_id_of(task.request)
-        return None if row_id is None else Unclaimed(self, task, row_id)
-
-    def retry(self, context: Any, publications: Sequence[Publication]) -> None:
-        """Let a run's row hold its retry, and send it; the run's transaction has ended.
-
-        Who catches what ``retry()`` raises can ask for more than one; those have rows of their own.
-        If the database fails the row keeps the message of the run that wanted the retry, and it is
-        sent again after its lease. If the row has gone, another run has had the effect.
-
-        :param context: Celery's context of the run.
-        :param publications: the messages of the retries.
-        """
-        settled = getattr(context, "ws_celery_settled", False)
-        context.ws_celery_settled = True  # the row is the retry's
-        row_id = None if settled else self.row_id_of(context)
-        if self._try(self._keep_retries, row_id, publications):
-            self.app.publish(publications)
-
-    def _keep_retries(
-        self, connection: Connection, row_id: UUID | None, publications: Sequence[Publication]
-    ) -> bool:
-        others = list(publications)
-        if row_id is not None:
-            first = others.pop(0)
-            first.row_id = uuid4()
-            self.look(connection)
-            row = self.row(first)
-            due = row.pop("due")
-            if not self.rows.rewrite(connection, row_id, row, due):
-                return False
-        self.keep(connection, others)
-        return True
-
-    def retry_of(self, context: Any, publications: Sequence[Publication]) -> Publication | None:
-        """Return what is the retry of a run; send the rest, of subscribers and events, at once.
-
-        :param context: Celery's context of the run.
-        :param publications: what was sent while the retry was.
-        :raises ValueError: if the retry has an ``eta`` or ``expires`` that cannot be kept.
-        """
-        retries = [each for each in publications if each.task_id == context.id]
-        for retry in retries:
-            times_of(retry)
-        if others := [each for each in publications if each not in retries]:
-            self.app.publish(others)
-        return retries[-1] if retries else None
-
-    @contextmanager
-    def keeping_retries(self, headers: dict[str, Any], task_id: str | None) -> Iterator[None]:
-        """Let the row of a run hold the retry that a class of Celery's own sends inside.
-
-        Such a message has the headers of the run that it repeats, and the row's among them; it is
-        taken out, because a message has the row that it is given.
-
-        :param headers: of the call.
-        :param task_id: the id that the call was given.
-        """
-        named = row_id_in({ROW_HEADER: headers.pop(ROW_HEADER, None)})
-        run = self.app.current_worker_task
-        if not named or withheld.get() is not None or not run or run.request.id != task_id:
-            yield
-            return
-        with holding() as held:
-            yield
-        if retry := self.retry_of(run.request, held):
-            self.retry(run.request, [retry])
-
-    def bury(self, row_id: UUID, error: str) -> bool:
-        """Keep the row of a run that has failed for good as a dead letter.
-
-        :return: whether it was there, and not locked.
-        """
-        return bool(self._try(self.rows.bury, row_id, error))
-
-    def count_loss(self, row_id: UUID, error: str) -> None:
-        """Count a run that has taken its process with it: it must not do so for ever."""
-        self._try(self.rows.count_loss, row_id, self.max_deliveries, error)
-
-    def delete(self, row_id: UUID) -> bool:
-        """Let go of the row of a run that has ended well.
-
-        :return: whether it was there, and not locked.
-        """
-        return bool(self._try(self._delete, row_id))
-
-    def _delete(self, connection: Connection, row_id: UUID) -> int:
-        self.look(connection)
-        return self.rows.delete(connection, [row_id])
-
-    def delete_expired(self, row_id: UUID) -> None:
-        """Let go of a row whose message came too late, unless a run has begun in time."""
-        self._try(self.rows.delete_expired, row_id)
-
-    def begun(self, row_id: UUID) -> None:
-        """Take note that a run which does not lock its row has begun in time."""
-        self._try(self.rows.forget_expiry, row_id)
-
-    def is_there(self, row_id: UUID) -> bool:
-        """Tell whether a row is there, and no dead letter."""
-        return bool(self._try(self.rows.is_there, row_id))
+        if ids := [each.row_id for each in publications if each.row_id]:
+            self.attempt(self.rows.make_due, ids)
 
     # What is not to run
 
-    def discard(self, headers: Iterable[Any]) -> int:
-        """Let go of the rows of messages that were taken away; return how many.
+    def discard(self, headers: Iterable[Mapping[str, Any]]) -> int:
+        """Delete the rows of messages that were purged; return how many.
 
         :param headers: those of each message, which may have no row.
         """
         ids = self.row_ids(headers)
-        if not ids:
-            return 0
-        with self.begin() as connection:
-            return self.rows.delete(connection, ids)
+        return self.execute(self.rows.delete, ids) if ids else 0
 
-    def row_ids(self, headers: Iterable[Any]) -> list[UUID]:
+    def row_ids(self, headers: Iterable[Mapping[str, Any]]) -> list[UUID]:
         """Return the ids of the rows that messages with these headers belong to."""
         return [row_id for each in headers if (row_id := row_id_in(each))]
 
     def revoke(self, task_ids: Sequence[str]) -> int:
-        """Let go of the rows of tasks, unless they are running; return how many."""
-        return self._try(self.rows.delete_tasks, task_ids) or 0
+        """Delete the rows of tasks, unless they are running; return how many."""
+        return self.attempt(self.rows.delete_tasks, task_ids) or 0
 
-    def _try(self, statement: Any, *args: Any) -> Any:
-        # Nobody can be told: the caller's transaction has ended. The lease mends it.
+    def attempt(
+        self,
+        statement: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T | None:
+        """Run a statement in a transaction of our own, or log why not; the lease repairs it.
+
+        It does not raise: the caller's transaction has ended.
+        """
         try:
-            with self.begin() as connection:
-                return statement(connection, *args)
+            return self.execute(statement, *args, **kwargs)
         except self.errors:
             log.exception("The outbox could not be written; the relay will look at it later")
             return None
 
-    def _ids(self, publications: Iterable[Publication]) -> Sequence[UUID]:
-        return [found for publication in publications if (found := publication.row_id)]
+
+class Journal:
+    """Writes what one transaction has dispatched into the outbox, before it commits.
+
+    :param outbox: the outbox.
+    :param txn: the transaction.
+    :param publications: its messages, kept by the data manager: those of a savepoint that is rolled
+        back are taken out of it.
+    """
+
+    def __init__(
+        self, outbox: Outbox, txn: Transaction, publications: Iterable[Publication]
+    ) -> None:
+        self._outbox = outbox
+        self._txn = txn
+        self._publications = publications
+        self._written: set[UUID | None] = set()
+        self._session: Session
+        self._hooked = False
+        self._late: list[Publication] = []
+
+    def admit(self, publications: Iterable[Publication], request: Request) -> None:
+        """Give a row to messages that are to be kept.
+
+        :param request: the request whose session they are written with.
+        :raises ValueError: if ``eta`` or ``expires`` is no time, or a name does not fit the table.
+        :raises SessionError: if it has no session.
+        :raises SessionError: if its session does not commit with the transaction.
+        """
+        kept = self._outbox.admit(publications)
+        if not kept:
+            return
+        if not hasattr(self, "_session"):
+            self._session = self._joined(request, str(kept[0].task_name))
+        for publication in kept:
+            self._outbox.check(publication)
+        if self._txn.status == "Committing":
+            self._admit_late(kept)
+        elif not self._hooked:
+            self._hooked = True
+            self._txn.addBeforeCommitHook(self._flush_and_write)
+
+    def _admit_late(self, publications: list[Publication]) -> None:
+        resources = resources_of(self._txn)
+        mine = (each for each in resources if getattr(each, "session", None) is self._session)
+        if any(each.tx.is_active for each in mine):
+            self._insert(publications)  # a listener of the flush that the commit itself makes
+        else:  # a listener of the session's commit, which takes no statement any more
+            self._late += publications
+
+    def write_late(self) -> None:
+        """Write what the session was too late for in a transaction of our own, after the commit."""
+        if self._late:
+            self._outbox.keep_late(self._late)
+
+    def _joined(self, request: Request, task: str) -> Session:
+        """Return the session of a request, which now belongs to the transaction.
+
+        Else its row would be committed by somebody else, or nobody, and the message would find
+        none.
+        """
+        session = self._outbox.session_of(request, task)
+        manager = getattr(request, "tm", None)
+        if manager is not None and self._outbox.app.transactions.begun(manager) is not self._txn:
+            raise SessionError.detached(
+                task, "the transaction of its request is not the one that is open"
+            )
+        join(session, self._txn, task)
+        return session
+
+    def _flush_and_write(self) -> None:
+        # First the flush: its listeners may dispatch. What later hooks dispatch needs a hook again.
+        for _ in range(_FLUSHES):
+            self._session.flush()
+            if not (self._session.new or self._session.dirty or self._session.deleted):
+                break
+        self._hooked = False
+        self.write()
+
+    def write(self) -> None:
+        """Write what has no row yet."""
+        self._insert(
+            [
+                publication
+                for publication in self._publications
+                if publication.row_id
+                and publication.row_id not in self._written
+                and publication not in self._late
+            ]
+        )
+
+    def _insert(self, publications: list[Publication]) -> None:
+        if publications:
+            self._written.update(publication.row_id for publication in publications)
+            outbox = self._outbox
+            outbox.execute_in_session(self._session, self._txn, outbox.write, publications)
+
+
+def _fits(name: object) -> bool:
+    if not isinstance(name, str) or len(name) > LONGEST_NAME or "\0" in name:
+        return False
+    # No database keeps half of a pair.
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _names_of(options: Mapping[str, Any], queues: Mapping[str, Queue]) -> dict[str, Any]:
+    reply_to, headers = options.get("reply_to"), options.get("headers") or {}
+    declared = [each for each in options.get("declare") or () if each.name != reply_to]
+    key = options.get("routing_key")
+    return {
+        "task_id": headers.get("id"),
+        "task": headers.get("task"),
+        "queue": declared[0].name if declared else _queue_of(key, queues),
+    }
+
+
+def _queue_of(routing_key: object, queues: Mapping[str, Queue]) -> object:
+    """Return the queue of a routing key, which names none if RabbitMQ delays the message."""
+    key = bare_key(routing_key) if isinstance(routing_key, str) else routing_key
+    if key == routing_key:
+        return key
+    return next((queue.name for queue in queues.values() if queue.routing_key == key), key)
+
+
+def _times_of(options: Mapping[str, Any]) -> dict[str, datetime | None]:
+    """Return the ``eta`` and ``expires`` of a message, in UTC.
+
+    :param options: of its publish.
+    :raises ValueError: if one of them is no time, or one that no database's driver may read.
+    """
+    return {name: _time(options["headers"].get(name)) for name in ("eta", "expires")}
+
+
+def _time(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        time = aware(maybe_iso8601(text))  # UTC without a zone, as the worker reads it
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{text!r} is no time for eta or expires. Pass a datetime, or a text such as "
+            "2030-01-31T12:00:00+01:00."
+        ) from error
+    # A database may show a time in its own zone, where the first and the last ones are none.
+    if not MINYEAR < time.year < MAXYEAR:
+        raise ValueError(
+            f"{text} is no time for eta or expires: it is outside of the years 2 to 9998. Leave "
+            "the option out if no time is meant."
+        )
+    return time.astimezone(timezone.utc)
+
+
+def _loads(text: str) -> dict[str, Any]:
+    # Only kombu makes times and the like of objects with this key, which takes three times as long.
+    loaded: dict[str, Any] = json.loads(text) if "__type__" in text else plain_json.loads(text)
+    return loaded
 
 
 def _seconds_until(time: datetime) -> float:
