@@ -24,6 +24,7 @@ import plaster
 from paste.deploy.loadwsgi import ConfigLoader
 
 from ws_celery.app import INI_VARIABLE, get_celery_app, load_registry
+from ws_celery.cli import main
 from ws_celery.cli.application import READY_VARIABLE, explaining, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.worker import LAST_RUNS_VARIABLE
@@ -251,8 +252,6 @@ def demo(port: int, data: Path | None) -> None:
 
 def reloaded() -> None:
     """Run ``ws-celery`` again, with the arguments of the process that watches it."""
-    from ws_celery.cli import main
-
     # The watching process may be killed; nothing may go on without it.
     die_with_parent(signal.SIGTERM)
     main()
