@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import resolve_name
@@ -44,90 +43,80 @@ from ws_celery.exceptions import (
 )
 from ws_celery.masking import masked_text, printable
 
-__all__ = ("COMMANDS", "main", "main_group")
+__all__ = ("COMMANDS", "TEXTS", "main", "main_group")
 
-#: Where each command is, and its line in the list of all, for which none has to be imported.
+#: Where each command is; it is imported when it is called.
 COMMANDS = {
-    "amqp": ("celery.bin.amqp:amqp", "AMQP Administration Shell."),
-    "beat": ("ws_celery.cli.worker:beat", "Start the beat periodic task scheduler."),
-    "call": ("ws_celery.cli.tasks:call", "Call a task by name."),
-    "check": (
-        "ws_celery.cli.check:check",
-        "Print the configuration with its origins, and what is wrong or doubtful.",
-    ),
-    "clean": (
-        "ws_celery.cli.queues:clean",
-        "Throw away what waits in all queues; the same as purge.",
-    ),
-    "control": (
-        "celery.bin.control:control",
-        "Send the COMMAND control command to the workers.",
-    ),
-    "demo": (
-        "ws_celery.cli.development:demo",
-        "Run the demonstration application with a worker, beat and an embedded broker.",
-    ),
-    "dev": (
-        "ws_celery.cli.development:dev",
-        "Run web server, worker and beat, and the embedded broker if it is configured.",
-    ),
-    "events": ("celery.bin.events:events", "Event-stream utilities."),
-    "graph": ("celery.bin.graph:graph", "The ``celery graph`` command."),
-    "inspect": (
-        "celery.bin.control:inspect",
-        "Inspect the workers by sending them the COMMAND inspect command.",
-    ),
-    "list": ("celery.bin.list:list_", "Get info from broker."),
-    "locks": ("ws_celery.cli.locks:locks", "Look at the locks of @one_instance, and free one."),
-    "logtool": ("celery.bin.logtool:logtool", "The ``celery logtool`` command."),
-    "migrate": ("celery.bin.migrate:migrate", "Migrate tasks from one broker to another."),
-    "multi": ("ws_celery.cli.worker:multi", "Start multiple worker instances."),
-    "outbox": (
-        "ws_celery.cli.outbox:outbox",
-        "Look after the outbox: its table, what waits in it, its dead letters.",
-    ),
-    "purge": (
-        "ws_celery.cli.queues:purge",
-        "Throw away what waits in all queues of the application, for ever.",
-    ),
-    "queues": (
-        "ws_celery.cli.queues:queues",
-        "Show how much waits in which queue; look into one, empty it, delete it.",
-    ),
-    "relay": (
-        "ws_celery.cli.worker:relay",
-        "Send what is due in the outbox: what could not be published, has an eta, or got lost.",
-    ),
-    "report": ("celery.bin.celery:report", "Shows information useful to include in bug-reports."),
-    "result": ("ws_celery.cli.results:result", "Print the return value for a given task id."),
-    "results": (
-        "ws_celery.cli.results:results",
-        "List results, the youngest first; show or forget one.",
-    ),
-    "run": ("ws_celery.cli.worker:run", "Start worker instance; the same as worker."),
-    "schedule": (
-        "ws_celery.cli.schedule:schedule",
-        "Look after the schedule: what runs when, from code, INI and database.",
-    ),
-    "shell": (
-        "ws_celery.cli.shell:shell",
-        "Start a shell with the application's tasks, a request and an open transaction.",
-    ),
-    "status": (
-        "ws_celery.cli.tasks:status",
-        "Show the workers that are online, or whether all parts are healthy.",
-    ),
-    "tasks": (
-        "ws_celery.cli.tasks:tasks",
-        "List the registered tasks; show what runs, and stop it.",
-    ),
-    "upgrade": ("celery.bin.upgrade:upgrade", "Perform upgrade between versions."),
-    "view": (
-        "ws_celery.cli.queues:view",
-        "Show what waits in the default queue; `queues peek` shows it of any.",
-    ),
-    "worker": ("ws_celery.cli.worker:worker", "Start worker instance."),
-    "workers": ("ws_celery.cli.tasks:workers", "List the workers that answer."),
+    "amqp": "celery.bin.amqp:amqp",
+    "beat": "ws_celery.cli.worker:beat",
+    "call": "ws_celery.cli.tasks:call",
+    "check": "ws_celery.cli.check:check",
+    "clean": "ws_celery.cli.queues:clean",
+    "control": "celery.bin.control:control",
+    "demo": "ws_celery.cli.development:demo",
+    "dev": "ws_celery.cli.development:dev",
+    "events": "celery.bin.events:events",
+    "graph": "celery.bin.graph:graph",
+    "inspect": "celery.bin.control:inspect",
+    "list": "celery.bin.list:list_",
+    "locks": "ws_celery.cli.locks:locks",
+    "logtool": "celery.bin.logtool:logtool",
+    "migrate": "celery.bin.migrate:migrate",
+    "multi": "ws_celery.cli.worker:multi",
+    "outbox": "ws_celery.cli.outbox:outbox",
+    "purge": "ws_celery.cli.queues:purge",
+    "queues": "ws_celery.cli.queues:queues",
+    "relay": "ws_celery.cli.worker:relay",
+    "report": "celery.bin.celery:report",
+    "result": "ws_celery.cli.results:result",
+    "results": "ws_celery.cli.results:results",
+    "run": "ws_celery.cli.worker:run",
+    "schedule": "ws_celery.cli.schedule:schedule",
+    "shell": "ws_celery.cli.shell:shell",
+    "status": "ws_celery.cli.tasks:status",
+    "tasks": "ws_celery.cli.tasks:tasks",
+    "upgrade": "celery.bin.upgrade:upgrade",
+    "view": "ws_celery.cli.queues:view",
+    "worker": "ws_celery.cli.worker:worker",
+    "workers": "ws_celery.cli.tasks:workers",
+}
+
+#: What the list of all commands says of each, so that none has to be imported for it.
+TEXTS = {
+    "amqp": "AMQP Administration Shell.",
+    "beat": "Start the beat periodic task scheduler.",
+    "call": "Call a task by name.",
+    "check": "Print the configuration with its origins, and what is wrong or doubtful.",
+    "clean": "Throw away what waits in all queues; the same as purge.",
+    "control": "Send the COMMAND control command to the workers.",
+    "demo": "Run the demonstration application with a worker, beat and an embedded broker.",
+    "dev": "Run web server, worker and beat, and the embedded broker if it is configured.",
+    "events": "Event-stream utilities.",
+    "graph": "The ``celery graph`` command.",
+    "inspect": "Inspect the workers by sending them the COMMAND inspect command.",
+    "list": "Get info from broker.",
+    "locks": "Look at the locks of @one_instance, and free one.",
+    "logtool": "The ``celery logtool`` command.",
+    "migrate": "Migrate tasks from one broker to another.",
+    "multi": "Start multiple worker instances.",
+    "outbox": "Look after the outbox: its table, what waits in it, its dead letters.",
+    "purge": "Throw away what waits in all queues of the application, for ever.",
+    "queues": "Show how much waits in which queue; look into one, empty it, delete it.",
+    "relay": "Send what is due in the outbox: what could not be published, has an eta, or "
+    "got lost.",
+    "report": "Shows information useful to include in bug-reports.",
+    "result": "Print the return value for a given task id.",
+    "results": "List results, the youngest first; show or forget one.",
+    "run": "Start worker instance; the same as worker.",
+    "schedule": "Look after the schedule: what runs when, from code, INI and database.",
+    "shell": "Start a shell with the application's tasks, a request and an open transaction.",
+    "status": "Show the workers that are online, or whether all parts are healthy.",
+    "tasks": "List the registered tasks; show what runs, and stop it.",
+    "upgrade": "Perform upgrade between versions.",
+    "view": "Show what waits in the default queue; `queues peek` shows it of any.",
+    "worker": "Start worker instance.",
+    "workers": "List the workers that answer.",
+    "flower": "Watch workers and tasks in the browser, by Flower.",
 }
 
 _USAGE = 2
@@ -201,18 +190,18 @@ class _Commands(DYMGroup):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import a command."""
-        found = COMMANDS.get(cmd_name) or _plugins().get(cmd_name)
-        if found is None:
+        place = COMMANDS.get(cmd_name) or _plugins().get(cmd_name)
+        if place is None:
             return None
-        command: click.Command = resolve_name(found[0])
+        command: click.Command = resolve_name(place)
         _accept_everywhere(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of all commands, which imports none."""
-        known = {**_plugins(), **COMMANDS}
+        plugin = "A command that is added to Celery's."
         with formatter.section("Commands"):
-            formatter.write_dl([(name, known[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(n, TEXTS.get(n, plugin)) for n in self.list_commands(ctx)])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -230,41 +219,25 @@ class _Commands(DYMGroup):
         for each in (ctx.params, given):
             options.take(each)
         rest = take_ini_uri(options, command, rest)
-        _load(ctx, name, options, given)
+        # Here, because it imports Pyramid and Celery, which the list of commands does not need.
+        from ws_celery.cli.application import app_for
+
+        ctx.params["app"] = app_for(name, options, ctx.params, given)
         if workdir := ctx.params["workdir"]:
             os.chdir(workdir)  # not before, because other paths are meant from where it was called
         return name, command, rest
 
 
-def _plugins() -> dict[str, tuple[str, str]]:
-    """Return the commands that other distributions add to Celery's; Flower's, even without it."""
-    flower = "Watch workers and tasks in the browser, by Flower."
-    plugins = {"flower": ("ws_celery.cli.worker:flower", flower)}
-    for each in entry_points(group="celery.commands"):
-        text = flower if each.name == "flower" else f"A plugin of Celery, in {each.module}."
-        plugins[each.name] = (each.value, text)
-    return plugins
+def _plugins() -> dict[str, str]:
+    """Return where the commands are that other distributions add to Celery's."""
+    plugins = {each.name: each.value for each in entry_points(group="celery.commands")}
+    return {"flower": "ws_celery.cli.worker:flower", **plugins}  # without Flower, ours says so
 
 
 def _ini_first(words: list[str]) -> str:
     ini, *rest = words
     line = shlex.join(["ws-celery", *(rest or ["worker"]), "--ini", ini])
     return f"{ini} is no command: the INI file comes after the command. Write `{line}`."
-
-
-def _load(
-    context: click.Context, command: str, options: Options, given: Mapping[str, object]
-) -> None:
-    """Load the application for a command, unless only its help is wanted."""
-    # Here, because it imports Pyramid and Celery, which the list of commands does not need.
-    from ws_celery.cli.application import NoApplication, app_for, set_environment
-
-    app: object = NoApplication()
-    if not given.get("help"):
-        if command != "demo":
-            set_environment(options, context.params)
-        app = app_for(command, given) or app
-    context.params["app"] = app
 
 
 @click.pass_context

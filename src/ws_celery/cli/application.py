@@ -28,14 +28,12 @@ from ws_celery.shown_arguments import shown_value
 
 __all__ = (
     "READY_VARIABLE",
-    "NoApplication",
     "app_for",
     "begin",
     "check_schedule",
     "explaining",
     "find_ini",
     "load_celery_app",
-    "set_environment",
 )
 
 #: Environment variable that names a file which the worker makes when it takes tasks.
@@ -135,14 +133,19 @@ class NoApplication:
 _WITHOUT_APPLICATION = ("check", "demo", "dev")
 
 
-def app_for(command: str, given: Mapping[str, object]) -> PyramidCelery | None:
-    """Load the application for a command; ``None`` if that does so itself.
+def app_for(
+    command: str, options: Options, before: Mapping[str, Any], given: Mapping[str, Any]
+) -> PyramidCelery | NoApplication:
+    """Load the application for a command, unless it loads it itself, or only its help is wanted.
 
-    :param given: the options of the command.
+    :param options: those that are ours in every command.
+    :param before: the options before the command, by name; ``given``: those after it.
     :raises WsCeleryError: whatever is wrong with the application, or would stop the command.
     """
-    if command in _WITHOUT_APPLICATION:
-        return None
+    if not given.get("help") and command != "demo":
+        _set_environment(options, before)
+    if given.get("help") or command in _WITHOUT_APPLICATION:
+        return NoApplication()
     app = load_celery_app(find_ini(None))
     if command == "beat" or given.get("beat"):
         check_schedule(app)
@@ -151,12 +154,8 @@ def app_for(command: str, given: Mapping[str, object]) -> PyramidCelery | None:
     return app
 
 
-def set_environment(options: Options, before: Mapping[str, Any]) -> None:
-    """Let this process, and children that start anew (``--detach``, ``multi``, spawn), know.
-
-    :param options: those of ours.
-    :param before: Celery's options before the command, by name.
-    """
+def _set_environment(options: Options, before: Mapping[str, Any]) -> None:
+    # For children that start anew too: --detach, multi, HUP, spawn.
     os.environ[INI_VARIABLE] = find_ini(options.ini)
     if options.ini_vars:
         os.environ[INI_VARIABLES] = json.dumps({**ini_variables(), **options.ini_vars})

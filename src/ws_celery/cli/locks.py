@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from ws_celery import inspection
+from ws_celery.app import PyramidCelery
 from ws_celery.cli.tables import Answer, Listing, confirm, showing, yes
-
-if TYPE_CHECKING:
-    from ws_celery.app import PyramidCelery
-    from ws_celery.inspection import Holder
 
 __all__ = ("locks",)
 
-_LOCKS: Listing[Holder] = Listing(
+_LOCKS: Listing[inspection.Holder] = Listing(
     {
         "KEY": lambda holder: holder.key,
         "TASK": lambda holder: _known(holder.task),

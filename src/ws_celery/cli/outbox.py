@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 import click
 
 from ws_celery import inspection
+from ws_celery.app import PyramidCelery
 from ws_celery.cli.tables import (
     Answer,
     Listing,
@@ -25,15 +26,11 @@ from ws_celery.cli.tables import (
     yes,
 )
 
-if TYPE_CHECKING:
-    from ws_celery.app import PyramidCelery
-    from ws_celery.inspection import OutboxRow, OutboxState
-
 __all__ = ("outbox",)
 
 _HIDDEN = "(hidden; --arguments shows them)"
 
-_ROWS: Listing[OutboxRow] = Listing(
+_ROWS: Listing[inspection.OutboxRow] = Listing(
     {
         "ROW": lambda row: str(row.id),
         "TASK": lambda row: row.task,
@@ -133,7 +130,7 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1]
 
 
-def _shown(row: OutboxRow, arguments: bool) -> dict[str, Any]:
+def _shown(row: inspection.OutboxRow, arguments: bool) -> dict[str, Any]:
     return {**row.as_dict(), **({"arguments": row.arguments} if arguments else {})}
 
 
@@ -146,5 +143,5 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
         yield f"\n{error.rstrip()}"
 
 
-def _counted(state: OutboxState) -> str:
+def _counted(state: inspection.OutboxState) -> str:
     return f"{counted(state.dead, 'dead letter')} and {state.waiting} waiting"

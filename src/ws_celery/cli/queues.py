@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING
 
 import click
 from celery.bin.purge import purge as celery_purge
 
 from ws_celery import inspection
+from ws_celery.app import PyramidCelery
 from ws_celery.cli.tables import (
     Answer,
     Listing,
@@ -25,10 +25,6 @@ from ws_celery.cli.tables import (
     with_app,
     yes,
 )
-
-if TYPE_CHECKING:
-    from ws_celery.app import PyramidCelery
-    from ws_celery.inspection import Purged, QueueState, WaitingMessage
 
 __all__ = (
     "clean",
@@ -52,7 +48,7 @@ def _age(since: datetime | None) -> str:
     return str(timedelta(seconds=max(int(age.total_seconds()), 0)))
 
 
-def _remarks(state: QueueState) -> Iterator[str]:
+def _remarks(state: inspection.QueueState) -> Iterator[str]:
     if not state.exists:
         yield "not declared yet"
     if not state.is_used:
@@ -62,7 +58,7 @@ def _remarks(state: QueueState) -> Iterator[str]:
         yield f"by priority {', '.join(steps)}"
 
 
-_QUEUES: Listing[QueueState] = Listing(
+_QUEUES: Listing[inspection.QueueState] = Listing(
     {
         "QUEUE": lambda state: state.name,
         "WAITING": lambda state: str(state.waiting) if state.exists else "-",
@@ -74,7 +70,7 @@ _QUEUES: Listing[QueueState] = Listing(
     giving_way=("", "QUEUE"),
 )
 
-_MESSAGES: Listing[WaitingMessage] = Listing(
+_MESSAGES: Listing[inspection.WaitingMessage] = Listing(
     {
         "ID": lambda message: message.id or "-",
         "TASK": lambda message: message.task or "-",
@@ -156,7 +152,7 @@ def _throw_away(
     name: str,
     yes: bool,
     question: str,
-    action: Callable[..., Purged] = inspection.purge_queue,
+    action: Callable[..., inspection.Purged] = inspection.purge_queue,
 ) -> None:
     state = inspection.queue_state(app, name)
     if not yes:
@@ -169,7 +165,7 @@ def _throw_away(
     _print_purged(app, purged.messages, purged.rows)
 
 
-def _numbers(state: QueueState) -> str:
+def _numbers(state: inspection.QueueState) -> str:
     text = counted(state.waiting, "message")
     unacked = f"{state.unacked} more in the hands of workers" if state.unacked else ""
     consumers = counted(state.consumers, "consumer") if state.consumers else ""

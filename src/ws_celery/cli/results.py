@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from time import sleep
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from celery import states
@@ -16,6 +16,7 @@ from celery.bin.result import result as celery_result
 from celery.result import AsyncResult
 
 from ws_celery import inspection
+from ws_celery.app import PyramidCelery
 from ws_celery.cli.tables import (
     Answer,
     Listing,
@@ -35,10 +36,6 @@ from ws_celery.exceptions import NoSuchResult, TaskNotRegistered
 from ws_celery.inspection.results import answering, backend_of
 from ws_celery.masking import masked, printable
 from ws_celery.shown_arguments import shown_text
-
-if TYPE_CHECKING:
-    from ws_celery.app import PyramidCelery
-    from ws_celery.inspection import Result
 
 __all__ = (
     "result",
@@ -64,11 +61,11 @@ def _time(_context: click.Context, _option: click.Parameter, value: str | None) 
         raise click.BadParameter(text) from None
 
 
-def _value(result: Result) -> str:
+def _value(result: inspection.Result) -> str:
     return json.dumps(result.result, default=str)
 
 
-_RESULTS: Listing[Result] = Listing(
+_RESULTS: Listing[inspection.Result] = Listing(
     {
         "ID": lambda result: result.id,
         "TASK": lambda result: result.task or "-",
@@ -104,7 +101,7 @@ def show(app: PyramidCelery, task_id: str) -> Answer:
     return Answer(_lines(result), result.as_dict())
 
 
-def _lines(result: Result) -> Iterator[str]:
+def _lines(result: inspection.Result) -> Iterator[str]:
     fields = {
         **result.as_dict(),
         "done": time_of(result.done),

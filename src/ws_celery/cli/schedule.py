@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ws_celery import inspection
+from ws_celery.app import PyramidCelery
 from ws_celery.cli.tables import (
     Answer,
     Listing,
@@ -24,10 +25,6 @@ from ws_celery.cli.tables import (
 )
 from ws_celery.converters import Refused, json_value
 from ws_celery.exceptions import ConfigurationError
-
-if TYPE_CHECKING:
-    from ws_celery.app import PyramidCelery
-    from ws_celery.inspection import ComingTick, ScheduleEntry, ScheduleHealth
 
 __all__ = ("schedule",)
 
@@ -57,12 +54,12 @@ def create(app: PyramidCelery) -> None:
 # --- What there is ----------------------------------------------------------------------------
 
 
-def _origin(entry: ScheduleEntry) -> str:
+def _origin(entry: inspection.ScheduleEntry) -> str:
     edited = f"; database: {', '.join(entry.edited)}" if entry.edited else ""
     return f"{entry.origin}{edited}"
 
 
-_ENTRIES: Listing[ScheduleEntry] = Listing(
+_ENTRIES: Listing[inspection.ScheduleEntry] = Listing(
     {
         "ENTRY": lambda entry: entry.name,
         "TASK": lambda entry: entry.task,
@@ -76,7 +73,7 @@ _ENTRIES: Listing[ScheduleEntry] = Listing(
     left_out="LAST TICK",
 )
 
-_TICKS: Listing[ComingTick] = Listing(
+_TICKS: Listing[inspection.ComingTick] = Listing(
     {
         "TIME (UTC)": lambda tick: time_of(tick.time),
         "ENTRY": lambda tick: tick.name,
@@ -124,7 +121,7 @@ def _text(value: object) -> str:
     return json.dumps(value) if isinstance(value, (Mapping, list, bool)) else str(value)
 
 
-def _overridden(entry: ScheduleEntry, field: str) -> str:
+def _overridden(entry: inspection.ScheduleEntry, field: str) -> str:
     """Return what other sources say of a field, which does not count."""
     others = entry.overridden.get(field, {})
     return ", ".join(f"{_text(value)} ({source})" for source, value in others.items())
@@ -161,7 +158,7 @@ def health(app: PyramidCelery, late: float) -> Answer:
     return Answer(_health(found), found.as_dict(), 0 if found.is_healthy else 1)
 
 
-def _health(found: ScheduleHealth) -> Iterator[str]:
+def _health(found: inspection.ScheduleHealth) -> Iterator[str]:
     if found.age is None:
         yield "No beat has sent anything yet."
     else:

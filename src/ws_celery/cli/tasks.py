@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from celery.bin.call import call as celery_call
@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from kombu.exceptions import OperationalError
 
 from ws_celery import inspection
+from ws_celery.app import PyramidCelery
 from ws_celery.cli.tables import (
     Answer,
     Listing,
@@ -34,10 +35,6 @@ from ws_celery.cli.tables import (
 from ws_celery.exceptions import TaskNotRegistered
 from ws_celery.inspection.results import answering, backend_of
 
-if TYPE_CHECKING:
-    from ws_celery.app import PyramidCelery
-    from ws_celery.inspection import HeldTask, RegisteredTask, WorkerState
-
 __all__ = (
     "call",
     "status",
@@ -45,7 +42,7 @@ __all__ = (
     "workers",
 )
 
-_TASKS: Listing[RegisteredTask] = Listing(
+_TASKS: Listing[inspection.RegisteredTask] = Listing(
     {
         "TASK": lambda task: task.name,
         "ORIGIN": lambda task: task.plugin or task.origin,
@@ -56,7 +53,7 @@ _TASKS: Listing[RegisteredTask] = Listing(
     giving_way=("BASE", "SCHEDULE", "QUEUE", "ORIGIN", "TASK"),
 )
 
-_RUNNING: Listing[HeldTask] = Listing(
+_RUNNING: Listing[inspection.HeldTask] = Listing(
     {
         "ID": lambda task: task.id,
         "TASK": lambda task: task.task,
@@ -68,7 +65,7 @@ _RUNNING: Listing[HeldTask] = Listing(
     giving_way=("ARGUMENTS", "WORKER", "TASK"),
 )
 
-_WORKERS: Listing[WorkerState] = Listing(
+_WORKERS: Listing[inspection.WorkerState] = Listing(
     {
         "WORKER": lambda worker: worker.name,
         "PID": lambda worker: str(worker.pid),

@@ -9,10 +9,9 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from kombu.serialization import loads, prepare_accept_content
-
-from ws_celery.app import get_celery_app
+from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.exceptions import BrokenRow, NoSuchRow, OutboxNotOn
+from ws_celery.inspection.messages import body_of, time_of
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
 
@@ -252,7 +251,7 @@ def _row(outbox: Any, row: Any) -> OutboxRow:
         call = _call(outbox.app, publication)
     except BrokenRow as error:
         problem = error.problem
-    times: dict[str, Any] = {name: _utc(getattr(row, name)) for name in _TIMES}
+    times: dict[str, Any] = {name: time_of(getattr(row, name)) for name in _TIMES}
     return OutboxRow(
         id=row.id,
         task_id=row.task_id,
@@ -268,24 +267,12 @@ def _row(outbox: Any, row: Any) -> OutboxRow:
     )
 
 
-def _call(app: Any, publication: Publication) -> tuple[Any, Any] | None:
-    options = publication.options
-    accept = prepare_accept_content(app.conf.accept_content)
+def _call(app: PyramidCelery, publication: Publication) -> tuple[Any, Any] | None:
     try:
-        args, kwargs, _ = loads(
-            publication.payload,
-            options["content_type"],
-            options["content_encoding"],
-            accept=accept,
-        )
+        args, kwargs, _ = body_of(app, publication)
     except Exception:  # noqa: BLE001  whatever was written there; it is shown, not run
         return None
     return args, kwargs
-
-
-def _utc(time: datetime | None) -> datetime | None:
-    # Not all databases keep the zone.
-    return time and (time if time.tzinfo else time.replace(tzinfo=timezone.utc))
 
 
 def _as_json(value: Any) -> Any:
