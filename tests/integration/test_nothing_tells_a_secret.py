@@ -147,7 +147,8 @@ options = {"headers": {"Authorization": "header-s3cr3t"}}
 
 def leaves(group, path=()):
     """Yield the commands that do something, by their whole names."""
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         inner = (*path, name)
         if isinstance(command, click.Group) and name != "amqp":
             if command.invoke_without_command:
@@ -183,8 +184,8 @@ def said(request, make_schedule, sqlite, sqlite_url, caplog, start_worker, monke
     said.masks_all = "all" in request.param
     ids = fill(app, said, start_worker)
     # The commands are run on this application, which has no file of its own.
-    monkeypatch.setattr("ws_celery.cli.find_ini", lambda _: "application.ini")
-    monkeypatch.setattr("ws_celery.cli.load_celery_app", lambda _: app.celery)
+    monkeypatch.setattr("ws_celery.cli.application.find_ini", lambda _: "application.ini")
+    monkeypatch.setattr("ws_celery.cli.application.load_celery_app", lambda _: app.celery)
     monkeypatch.setenv("WS_CELERY_INI", "application.ini")
     monkeypatch.setenv("COLUMNS", "1000")  # nothing is cut
     group = main_group()

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from ws_celery.cli import main_group
-from ws_celery.cli.application import Options, options_given, take_ini_uri
+from ws_celery.cli.options import Options, options_given, take_ini_uri
 
 GROUP = click.Group(
     "outbox",
@@ -91,7 +91,7 @@ def test_with_an_option_for_the_file_nothing_is_taken():
 )
 def test_only_what_click_takes_for_an_option_is_one(arguments, given):
     command, *rest = arguments
-    found = options_given(main_group().commands[command], rest)
+    found = options_given(main_group().get_command(None, command), rest)
 
     assert {name: value for name, value in found.items() if name in given} == given
     assert ("ini" in found) == ("ini" in given)

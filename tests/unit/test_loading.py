@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
+import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from celery import _state, signature
+from celery.bin.celery import celery
 
 from ws_celery import celery_app, get_celery_app, task
 from ws_celery.applications import load_registry
-from ws_celery.cli import main, main_group
+from ws_celery.cli import COMMANDS, TEXTS, main, main_group
 from ws_celery.cli.application import check_schedule, load_celery_app
 from ws_celery.exceptions import ConfigurationError, NoCurrentApplication, NotFound
 from ws_celery.inspection import schedule_entry
@@ -340,7 +343,67 @@ WITHOUT_LINE = {"demo", "dev", "flower"}
 
 
 def test_each_command_has_its_line():
-    assert set(LINES) | WITHOUT_LINE == set(main_group().commands)
+    assert set(LINES) | WITHOUT_LINE == set(main_group().list_commands(None))
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself():
+    group = main_group()
+    texts = {name: group.get_command(None, name).get_short_help_str(200) for name in COMMANDS}
+
+    assert {**texts, "flower": TEXTS["flower"]} == TEXTS
+
+
+def test_there_is_each_command_and_option_of_celerys():
+    group = main_group()
+
+    assert set(celery.commands) <= set(group.list_commands(None))
+    assert {each.name for each in celery.params} <= {each.name for each in group.params}
+
+
+def test_the_list_of_commands_imports_none():
+    program = """
+import sys
+from ws_celery.cli import main_group
+main_group()(["--help"], standalone_mode=False)
+print({"celery.bin", "flower", "pyramid.config", "ws_celery.app"} & set(sys.modules))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    )
+
+    assert "workers   List the workers that answer." in ended.stdout
+    assert ended.stdout.endswith("\nset()\n")
+
+
+def test_an_option_that_the_application_adds_to_celerys_commands_is_accepted(write_site):
+    _, ini = write_site(
+        """
+        from click import Option
+        from celery.signals import user_preload_options
+        from ws_celery import celery_app
+
+        @celery_app.on_after_configure.connect
+        def add(sender, **kwargs):
+            sender.user_options["preload"].add(Option(["--own"]))
+
+        @user_preload_options.connect
+        def take(options, **kwargs):
+            print("own:", options["own"])
+        """
+    )
+    # In a process of its own, because Celery adds it to its commands for good.
+    words = ["report", "--own", "given", "--ini", ini]
+    ended = subprocess.run(
+        [sys.executable, "-m", "ws_celery", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(ini).parent)},
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "own: given" in ended.stdout
 
 
 @pytest.mark.filterwarnings("ignore:The parameter -d is used more than once")  # by Celery's events
@@ -435,8 +498,8 @@ def test_a_broker_of_the_command_line_is_the_one_that_is_checked(ws_celery, writ
 
 def test_a_command_that_is_to_have_no_application_gets_no_other_one(ws_celery, monkeypatch):
     # As a command would that forgets to say that it needs one.
-    monkeypatch.setitem(main_group().commands, "check", main_group().commands["report"])
-    monkeypatch.setattr("ws_celery.cli.find_ini", lambda _: "x.ini")
+    monkeypatch.setitem(COMMANDS, "check", COMMANDS["report"])
+    monkeypatch.setattr("ws_celery.cli.application.find_ini", lambda _: "x.ini")
     code, printed, error = ws_celery("check")
 
     assert (code, printed) == (2, "")

@@ -6,47 +6,25 @@ to load, and Celery's options have to find it configured when click converts the
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from pkgutil import resolve_name
 from traceback import format_exception
 from types import TracebackType
 from typing import Any
 
 import click
 from celery import VERSION_BANNER
-from celery.bin.celery import celery
 from celery.platforms import EX_UNAVAILABLE
 from click_didyoumean import DYMGroup
 from kombu.exceptions import OperationalError
 
 from ws_celery import __version__
-from ws_celery.app import PyramidCelery
 from ws_celery.applications import INI_VARIABLE
-from ws_celery.checks import check_pool
-from ws_celery.cli.application import (
-    Options,
-    check_schedule,
-    find_ini,
-    load_celery_app,
-    looks_like_ini,
-    options_given,
-    take_ini_uri,
-)
-from ws_celery.cli.check import check
-from ws_celery.cli.development import demo, dev
-from ws_celery.cli.locks import locks
-from ws_celery.cli.outbox import outbox
-from ws_celery.cli.queues import clean, purge, queues, run, view
-from ws_celery.cli.results import result, results
-from ws_celery.cli.schedule import schedule
-from ws_celery.cli.shell import shell
-from ws_celery.cli.tables import SafeContext, echo
-from ws_celery.cli.tasks import call, status, tasks, workers
-from ws_celery.cli.worker import beat, flower, multi, relay, worker
+from ws_celery.cli.options import Options, looks_like_ini, options_given, take_ini_uri
 from ws_celery.exceptions import (
     BrokerUnavailable,
     ConfigurationError,
@@ -56,65 +34,83 @@ from ws_celery.exceptions import (
     Unavailable,
     WsCeleryError,
 )
-from ws_celery.masking import masked_text
-from ws_celery.settings import INI_VARIABLES, ini_variables
+from ws_celery.masking import masked_text, printable
 
-__all__ = ("main", "main_group")
+__all__ = ("COMMANDS", "TEXTS", "main", "main_group")
 
-#: Our own commands; they load what they need themselves.
-_OURS: dict[str, click.Command] = {"check": check, "demo": demo, "dev": dev}
-_COMMANDS: dict[str, click.Command] = {
-    "flower": flower,  # a plugin of Celery takes its place where it is installed
-    **celery.commands,
-    **_OURS,
-    "beat": beat,
-    "call": call,
-    "clean": clean,
-    "locks": locks,
-    "multi": multi,
-    "outbox": outbox,
-    "purge": purge,
-    "queues": queues,
-    "relay": relay,
-    "result": result,
-    "results": results,
-    "run": run,
-    "schedule": schedule,
-    "shell": shell,
-    "status": status,
-    "tasks": tasks,
-    "view": view,
-    "worker": worker,
-    "workers": workers,
+#: Where each command is; it is imported when it is called.
+COMMANDS = {
+    "amqp": "celery.bin.amqp:amqp",
+    "beat": "ws_celery.cli.worker:beat",
+    "call": "ws_celery.cli.tasks:call",
+    "check": "ws_celery.cli.check:check",
+    "clean": "ws_celery.cli.queues:clean",
+    "control": "celery.bin.control:control",
+    "demo": "ws_celery.cli.development:demo",
+    "dev": "ws_celery.cli.development:dev",
+    "events": "celery.bin.events:events",
+    "graph": "celery.bin.graph:graph",
+    "inspect": "celery.bin.control:inspect",
+    "list": "celery.bin.list:list_",
+    "locks": "ws_celery.cli.locks:locks",
+    "logtool": "celery.bin.logtool:logtool",
+    "migrate": "celery.bin.migrate:migrate",
+    "multi": "ws_celery.cli.worker:multi",
+    "outbox": "ws_celery.cli.outbox:outbox",
+    "purge": "ws_celery.cli.queues:purge",
+    "queues": "ws_celery.cli.queues:queues",
+    "relay": "ws_celery.cli.worker:relay",
+    "report": "celery.bin.celery:report",
+    "result": "ws_celery.cli.results:result",
+    "results": "ws_celery.cli.results:results",
+    "run": "ws_celery.cli.worker:run",
+    "schedule": "ws_celery.cli.schedule:schedule",
+    "shell": "ws_celery.cli.shell:shell",
+    "status": "ws_celery.cli.tasks:status",
+    "tasks": "ws_celery.cli.tasks:tasks",
+    "upgrade": "celery.bin.upgrade:upgrade",
+    "view": "ws_celery.cli.queues:view",
+    "worker": "ws_celery.cli.worker:worker",
+    "workers": "ws_celery.cli.tasks:workers",
 }
 
-#: What every command accepts, in any position. Its values are read before the command is.
-_INI_OPTIONS = (
-    click.Option(
-        ["--ini"],
-        metavar="FILE",
-        type=click.Path(),
-        expose_value=False,
-        allow_from_autoenv=False,
-        help="INI file of the application, in any position; or as FILE#NAME KEY=VALUE right after "
-        f"the command. [env: {INI_VARIABLE}; default: ./development.ini]",
-    ),
-    click.Option(
-        ["--ini-var"],
-        metavar="NAME=VALUE",
-        multiple=True,
-        expose_value=False,
-        allow_from_autoenv=False,
-        help="Value of %(NAME)s in the INI file, several separated by commas; may be repeated, "
-        "and beats [DEFAULT].",
-    ),
-)
-
-#: What would name another application; see :meth:`Options.take`.
-_APP_OPTIONS = tuple(
-    click.Option(names, hidden=True, expose_value=False, allow_from_autoenv=False)
-    for names in (["-A", "--app"], ["--config"], ["--loader"])
-)
+#: What the list of all commands says of each, so that none has to be imported for it.
+TEXTS = {
+    "amqp": "AMQP Administration Shell.",
+    "beat": "Start the beat periodic task scheduler.",
+    "call": "Call a task by name.",
+    "check": "Print the configuration with its origins, and what is wrong or doubtful.",
+    "clean": "Throw away what waits in all queues; the same as purge.",
+    "control": "Send the COMMAND control command to the workers.",
+    "demo": "Run the demonstration application with a worker, beat and an embedded broker.",
+    "dev": "Run web server, worker and beat, and the embedded broker if it is configured.",
+    "events": "Event-stream utilities.",
+    "graph": "The ``celery graph`` command.",
+    "inspect": "Inspect the workers by sending them the COMMAND inspect command.",
+    "list": "Get info from broker.",
+    "locks": "Look at the locks of @one_instance, and free one.",
+    "logtool": "The ``celery logtool`` command.",
+    "migrate": "Migrate tasks from one broker to another.",
+    "multi": "Start multiple worker instances.",
+    "outbox": "Look after the outbox: its table, what waits in it, its dead letters.",
+    "purge": "Throw away what waits in all queues of the application, for ever.",
+    "queues": "Show how much waits in which queue; look into one, empty it, delete it.",
+    "relay": "Send what is due in the outbox: what could not be published, has an eta, or "
+    "got lost.",
+    "report": "Shows information useful to include in bug-reports.",
+    "result": "Print the return value for a given task id.",
+    "results": "List results, the youngest first; show or forget one.",
+    "run": "Start worker instance; the same as worker.",
+    "schedule": "Look after the schedule: what runs when, from code, INI and database.",
+    "shell": "Start a shell with the application's tasks, a request and an open transaction.",
+    "status": "Show the workers that are online, or whether all parts are healthy.",
+    "tasks": "List the registered tasks; show what runs, and stop it.",
+    "upgrade": "Perform upgrade between versions.",
+    "view": "Show what waits in the default queue; `queues peek` shows it of any.",
+    "worker": "Start worker instance.",
+    "workers": "List the workers that answer.",
+    "flower": "Watch workers and tasks in the browser, by Flower.",
+}
 
 _USAGE = 2
 _EXIT_CODES: dict[type[WsCeleryError], int] = {
@@ -137,10 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         main_group().main(args=arguments, prog_name="ws-celery", auto_envvar_prefix="CELERY")
     except WsCeleryError as error:
-        echo(f"Error: {error}", err=True)
+        _print(f"Error: {error}")
         sys.exit(_EXIT_CODES.get(type(error), _USAGE))
     except OperationalError as error:
-        echo(f"Error: the broker does not answer: {masked_text(str(error))}", err=True)
+        _print(f"Error: the broker does not answer: {masked_text(str(error))}")
         sys.exit(EX_UNAVAILABLE)
 
 
@@ -148,23 +144,49 @@ def _print_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """Print what nobody has handled as Python does, without its secrets."""
-    echo(masked_text("".join(format_exception(kind, error, trace)).rstrip()), err=True)
+    _print(masked_text("".join(format_exception(kind, error, trace)).rstrip()))
 
 
-class _NoApplication:
-    """Stands for the Celery app where a command is not to use one, nor Celery's default instead."""
+def _print(text: str) -> None:
+    click.echo(printable(text), err=True)
 
-    user_options: Mapping[str, Any] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        raise ConfigurationError("No application is loaded. Leave --help out to run the command.")
+def main_group() -> click.Group:
+    """Return all of ``ws-celery`` as a click command."""
+    return _Commands(
+        "ws-celery",
+        params=_options(),
+        callback=_begin,
+        invoke_without_command=True,
+        help="Run and look after the Celery of a Pyramid application.",
+    )
 
 
 class _Commands(DYMGroup):
-    """All commands. The application is loaded when click has told which of them it is for.
+    """All commands; a module is imported when one of its commands is called.
 
-    That is the last moment before options are converted, whose defaults the application has.
+    The application is loaded when click has found the command that it is for: that is the last
+    moment before options are converted, whose defaults the application has.
     """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's
+        """Return the names of all commands, those of Celery's plugins too."""
+        return sorted({*COMMANDS, *_plugins()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import a command."""
+        place = COMMANDS.get(cmd_name) or _plugins().get(cmd_name)
+        if place is None:
+            return None
+        command: click.Command = resolve_name(place)
+        _accept_everywhere(command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of all commands, which imports none."""
+        plugin = "A command that is added to Celery's."
+        with formatter.section("Commands"):
+            formatter.write_dl([(n, TEXTS.get(n, plugin)) for n in self.list_commands(ctx)])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -173,7 +195,7 @@ class _Commands(DYMGroup):
 
         :raises WsCeleryError: whatever is wrong with it.
         """
-        if args[0] not in self.commands and looks_like_ini(args[0]):
+        if args[0] not in COMMANDS and looks_like_ini(args[0]):
             raise ConfigurationError(_ini_first(args))
         name, command, rest = super().resolve_command(ctx, args)
         if name is None or command is None or ctx.resilient_parsing:  # for completion
@@ -182,14 +204,19 @@ class _Commands(DYMGroup):
         for each in (ctx.params, given):
             options.take(each)
         rest = take_ini_uri(options, command, rest)
-        wanted = not given.get("help")
-        if wanted and name != "demo":
-            _set_environment(options, ctx.params)
-        loads = wanted and name not in _OURS
-        ctx.params["app"] = _load(name, given) if loads else _NoApplication()
+        # Here, because it imports Pyramid and Celery, which the list of commands does not need.
+        from ws_celery.cli.application import app_for
+
+        ctx.params["app"] = app_for(name, options, ctx.params, given)
         if workdir := ctx.params["workdir"]:
             os.chdir(workdir)  # not before, because other paths are meant from where it was called
         return name, command, rest
+
+
+def _plugins() -> dict[str, str]:
+    """Return where the commands are that other distributions add to Celery's."""
+    plugins = {each.name: each.value for each in entry_points(group="celery.commands")}
+    return {"flower": "ws_celery.cli.worker:flower", **plugins}  # without Flower, ours says so
 
 
 def _ini_first(words: list[str]) -> str:
@@ -198,71 +225,70 @@ def _ini_first(words: list[str]) -> str:
     return f"{ini} is no command: the INI file comes after the command. Write `{line}`."
 
 
-def _set_environment(options: Options, params: Mapping[str, Any]) -> None:
-    # For children that start anew too: --detach, multi, HUP, spawn.
-    os.environ[INI_VARIABLE] = find_ini(options.ini)
-    if options.ini_vars:
-        os.environ[INI_VARIABLES] = json.dumps({**ini_variables(), **options.ini_vars})
-    for name in ("broker", "result_backend"):
-        if params[name]:  # as Celery does it, but before the configuration is read
-            variable = "CELERY_BROKER_URL" if name == "broker" else "CELERY_RESULT_BACKEND"
-            os.environ[variable] = params[name]
-
-
-def _load(command: str, given: Mapping[str, Any]) -> PyramidCelery:
-    app = load_celery_app(find_ini(None))
-    if command == "beat" or given.get("beat"):
-        check_schedule(app)
-    if command in ("worker", "run") and not given.get("pool"):
-        check_pool(app)
-    return app
-
-
-def main_group() -> click.Group:
-    """Return all of ``ws-celery`` as a click command."""
-    for command in _COMMANDS.values():
-        _accept_everywhere(command)
-    return _Commands(
-        "ws-celery",
-        commands=_COMMANDS,
-        params=list(_group_params()),
-        callback=_begin,
-        invoke_without_command=True,
-        help="Run and look after the Celery of a Pyramid application.",
-    )
-
-
 @click.pass_context
-def _begin(context: click.Context, /, ini: Any, ini_var: Any, **params: Any) -> None:  # noqa: ARG001 - taken before
-    context.invoke(celery.callback, **params)
-    if (made := context.obj) is not None:
-        context.obj = SafeContext(made.app, made.no_color, made.workdir, made.quiet)
+def _begin(context: click.Context, /, **params: object) -> None:
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        return
+    from ws_celery.cli.application import begin
+
+    begin(context, params)
 
 
-def _group_params() -> Iterator[click.Parameter]:
-    """Return Celery's options before the command, as far as they are not the INI's, and ours."""
-    for option in map(copy.copy, _INI_OPTIONS):
-        option.expose_value = True
-        yield option
-    for param in map(copy.copy, celery.params):
-        if param.name in ("app", "config", "loader"):
-            # Celery would take APP, CONFIG_MODULE or LOADER of the environment for another app.
-            param.envvar, param.allow_from_autoenv = None, False
-        if param.name == "app":
-            param.help = "Not needed; ws_celery.celery_app, which is the INI's, is accepted."
-        elif param.name == "workdir":
-            param.callback = None  # see _Commands
-        elif param.name == "version":
-            param.callback, param.is_eager = _print_version, True
-        param.hidden = param.name in ("config", "loader", "skip_checks")  # refused, or Django's
-        yield param
+def _options() -> list[click.Parameter]:
+    """Return the options before the command: ours, and those of ``celery`` but Django's."""
+    return [
+        *_options_everywhere(before=True),
+        click.Option(["-b", "--broker"], envvar="BROKER_URL"),
+        click.Option(["--result-backend"], envvar="RESULT_BACKEND"),
+        click.Option(["--workdir"], type=Path),
+        click.Option(["-C", "--no-color"], envvar="NO_COLOR", is_flag=True),
+        click.Option(["-q", "--quiet"], is_flag=True),
+        click.Option(["--version"], is_flag=True, is_eager=True, callback=_print_version),
+        click.Option(["--skip-checks"], envvar="SKIP_CHECKS", is_flag=True, hidden=True),
+    ]
+
+
+def _options_everywhere(*, before: bool) -> list[click.Parameter]:
+    """Return what is accepted in any position; its values are read before the command is.
+
+    :param before: whether before the command, which is where help on ``-A`` is given.
+    """
+    # Celery would take APP, CONFIG_MODULE or LOADER of the environment for another app.
+    common: dict[str, Any] = {"expose_value": before, "allow_from_autoenv": False}
+    return [
+        click.Option(
+            ["--ini"],
+            metavar="FILE",
+            type=click.Path(),
+            help="INI file of the application, in any position; or as FILE#NAME KEY=VALUE right "
+            "after the command. [env: WS_CELERY_INI; default: ./development.ini]",
+            **common,
+        ),
+        click.Option(
+            ["--ini-var"],
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="Value of %(NAME)s in the INI file, several separated by commas; may be "
+            "repeated, and beats [DEFAULT].",
+            **common,
+        ),
+        click.Option(
+            ["-A", "--app"],
+            hidden=not before,
+            help="Not needed; ws_celery.celery_app, which is the INI's, is accepted.",
+            **common,
+        ),
+        # Refused; see Options.take.
+        *(click.Option([name], hidden=True, **common) for name in ("--config", "--loader")),
+    ]
 
 
 def _accept_everywhere(command: click.Command) -> None:
     """Let a command have the options that are accepted in any position."""
-    if _INI_OPTIONS[0] not in command.params:
+    if not any(each.name == "ini" for each in command.params):
         # In place: Celery adds an application's options so.
-        command.params.extend((*_INI_OPTIONS, *_APP_OPTIONS))
+        command.params.extend(_options_everywhere(before=False))
     if isinstance(command, click.Group):
         for inner in command.commands.values():
             _accept_everywhere(inner)
@@ -270,5 +296,5 @@ def _accept_everywhere(command: click.Command) -> None:
 
 def _print_version(context: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted:
-        echo(f"ws-celery {__version__}, Celery {VERSION_BANNER}")
+        click.echo(f"ws-celery {__version__}, Celery {VERSION_BANNER}")
         context.exit()

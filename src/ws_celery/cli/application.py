@@ -2,158 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import plaster
 from celery import signals
+from celery.bin.base import CLIContext
 
 from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.applications import INI_VARIABLE, load_registry
 from ws_celery.beat.sources import check_sources, install
-from ws_celery.checks import explain
+from ws_celery.checks import check_pool, explain
+from ws_celery.cli.options import Options
 from ws_celery.cli.tables import echo
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.logs import log_arguments_of_failures, set_up_logging
-from ws_celery.settings import our_setting
+from ws_celery.masking import MASK, masked_text, printable
+from ws_celery.settings import INI_VARIABLES, ini_variables, our_setting
+from ws_celery.shown_arguments import shown_value
 
 __all__ = (
     "READY_VARIABLE",
-    "Options",
+    "app_for",
+    "begin",
     "check_schedule",
     "explaining",
     "find_ini",
     "load_celery_app",
-    "looks_like_ini",
-    "options_given",
-    "take_ini_uri",
 )
-
-#: Spellings of ``-A`` that name the application of the INI, which is the only one there is.
-_OUR_APP = ("ws_celery", "ws_celery.celery_app", "ws_celery:celery_app")
-
-#: ``app.ini`` or ``app.ini#name``, and what may follow it: ``key=value``.
-_INI_URI = re.compile(r"[^-].*\.ini(#[\w.-]*)?")
-_VARIABLE = re.compile(r"[A-Za-z_][\w.-]*=.*", re.DOTALL)
-_BETWEEN = re.compile(r"(-A|--app|--ini-var)(?P<value>.*)", re.DOTALL)
-
-#: Options of Celery that would name another configuration than the INI's.
-_NOT_OURS = ("config", "loader")
-
-
-@dataclass
-class Options:
-    """The options that are ours in every command.
-
-    :param ini: value of ``--ini``, or ``None``.
-    :param ini_vars: what all ``--ini-var`` say.
-    """
-
-    ini: str | None = None
-    ini_vars: dict[str, str] = field(default_factory=dict)
-
-    def take(self, given: Mapping[str, Any]) -> None:
-        """Take what one part of the command line says, which beats the parts before it.
-
-        :param given: values of options by name, not converted.
-        :raises ConfigurationError: if another app or configuration than the INI's is asked for.
-        """
-        for name in _NOT_OURS:
-            if given.get(name) is not None:
-                raise ConfigurationError(
-                    f"--{name}: the configuration comes from the INI file. Leave --{name} out."
-                )
-        for name in ("app", "ini"):
-            if str(given.get(name)).startswith("-"):
-                raise ConfigurationError(f"--{name} needs a value before {given[name]}.")
-        app = given.get("app")
-        if app is not None and app.removeprefix("=") not in _OUR_APP:
-            raise ConfigurationError(
-                f"-A {app}: the application comes from the INI file. "
-                f"Leave -A out, or write -A {_OUR_APP[1]}."
-            )
-        self.ini = given.get("ini") or self.ini
-        for text in given.get("ini_var") or ():
-            self.ini_vars.update(_variables(text))
-
-
-def options_given(
-    command: click.Command, arguments: list[str], parent: click.Context | None = None
-) -> dict[str, Any]:
-    """Return the options that the words after a command give it, by name; no value is converted.
-
-    Click tells what is an option and what the value of another one. Options that it does not know
-    yet are left alone: an application may add some of its own.
-    """
-    settings = {**command.context_settings, "ignore_unknown_options": True}
-    context = click.Context(command, parent, **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Celery's events has -d twice
-        parser = command.make_parser(context)
-    given, rest, _ = parser.parse_args(list(arguments))
-    help_option = command.get_help_option(context)
-    if help_option is not None and help_option.name in given:  # click gives it a name of its own
-        given["help"] = True
-    if isinstance(command, click.Group) and rest:
-        inner = command.get_command(context, rest[0])
-        given.update(options_given(inner, rest[1:], context) if inner else {})
-    return dict(given)
-
-
-def take_ini_uri(options: Options, command: click.Command, arguments: list[str]) -> list[str]:
-    """Take ``app.ini#name key=value`` where Pyramid's scripts have it: right after the command.
-
-    After a command of a group only if that takes no arguments of its own: they may end in ``.ini``
-    as well. With ``--ini`` nothing is taken.
-
-    :param options: is given what is found.
-    :param arguments: what comes after the command.
-    :return: the arguments that are left.
-    """
-    place = _past_our_options(arguments, 0)
-    if isinstance(command, click.Group) and place < len(arguments):
-        inner = command.commands.get(arguments[place])
-        if inner and not any(isinstance(each, click.Argument) for each in inner.params):
-            place = _past_our_options(arguments, place + 1)
-    if options.ini or place >= len(arguments) or not looks_like_ini(arguments[place]):
-        return arguments
-    options.ini = arguments[place]
-    end = place + 1
-    while end < len(arguments) and _VARIABLE.fullmatch(arguments[end]):
-        name, _, value = arguments[end].partition("=")
-        options.ini_vars.setdefault(name, value)  # --ini-var beats it
-        end += 1
-    return arguments[:place] + arguments[end:]
-
-
-def _past_our_options(arguments: list[str], place: int) -> int:
-    """Return the place after ``-A`` and ``--ini-var``, which may come between."""
-    while place < len(arguments) and (match := _BETWEEN.fullmatch(arguments[place])):
-        place += 1 if match["value"] else 2
-    return place
-
-
-def looks_like_ini(word: str) -> bool:
-    """Tell whether a word is an INI file, perhaps with the name of an application in it."""
-    return _INI_URI.fullmatch(word) is not None
-
-
-def _variables(text: str) -> dict[str, str]:
-    # A comma belongs to the value unless another NAME= follows it.
-    pairs = [pair.partition("=") for pair in re.split(r",(?=[A-Za-z_][\w.-]*=)", text)]
-    for name, equals, _ in pairs:
-        if not equals or not name:
-            # The value is not shown: it may be a password.
-            raise ConfigurationError("--ini-var needs NAME=VALUE, or several with commas between.")
-    return {name: value for name, _, value in pairs}
-
 
 #: Environment variable that names a file which the worker makes when it takes tasks.
 READY_VARIABLE = "WS_CELERY_READY_FILE"
@@ -236,3 +118,110 @@ def check_schedule(app: PyramidCelery) -> None:
     """
     check_sources(app)
     install(app)
+
+
+class NoApplication:
+    """Stands for the Celery app where a command is not to use one, nor Celery's default instead."""
+
+    user_options: Mapping[str, set[click.Option]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigurationError("No application is loaded. Leave --help out to run the command.")
+
+
+#: Commands of ours that load what they need themselves.
+_WITHOUT_APPLICATION = ("check", "demo", "dev")
+
+
+def app_for(
+    command: str, options: Options, before: Mapping[str, Any], given: Mapping[str, Any]
+) -> PyramidCelery | NoApplication:
+    """Load the application for a command, unless it loads it itself, or only its help is wanted.
+
+    :param options: those that are ours in every command.
+    :param before: the options before the command, by name; ``given``: those after it.
+    :raises WsCeleryError: whatever is wrong with the application, or would stop the command.
+    """
+    if not given.get("help") and command != "demo":
+        _set_environment(options, before)
+    if given.get("help") or command in _WITHOUT_APPLICATION:
+        return NoApplication()
+    app = load_celery_app(find_ini(None))
+    if command == "beat" or given.get("beat"):
+        check_schedule(app)
+    if command in ("worker", "run") and not given.get("pool"):
+        check_pool(app)
+    return app
+
+
+def _set_environment(options: Options, before: Mapping[str, Any]) -> None:
+    # For children that start anew too: --detach, multi, HUP, spawn.
+    os.environ[INI_VARIABLE] = find_ini(options.ini)
+    if options.ini_vars:
+        os.environ[INI_VARIABLES] = json.dumps({**ini_variables(), **options.ini_vars})
+    for name in ("broker", "result_backend"):
+        if before[name]:  # as Celery does it, but before the configuration is read
+            variable = "CELERY_BROKER_URL" if name == "broker" else "CELERY_RESULT_BACKEND"
+            os.environ[variable] = before[name]
+
+
+def begin(context: click.Context, options: dict[str, Any]) -> None:
+    """Give a command its context, as Celery's own group of commands does.
+
+    :param options: those before the command, by name.
+    """
+    app = options["app"]
+    if any(app.user_options.values()):
+        # Options that the application adds to Celery's commands. Only for them is all of Celery's
+        # group imported, with every plugin.
+        from celery.bin.celery import celery
+
+        celerys = {param.name: options.get(param.name or "") for param in celery.params}
+        context.invoke(celery.callback, **celerys)
+    context.obj = SafeContext(app, options["no_color"], options["workdir"], options["quiet"])
+
+
+#: What Celery writes in colours, and what it says of a message that it moves.
+_COLOURS = re.compile(r"(\x1b\[[\d;]*m)")
+_MIGRATED = re.compile(r"(Migrating task \S+: ).*", re.DOTALL)
+
+
+class SafeContext(CLIContext):
+    """What Celery's own commands print with; what workers answer is shown without its secrets."""
+
+    def style(self, message: str | None = None, **options: Any) -> str | None:
+        """Return a text with its colours, as in Celery."""
+        styled: str | None = super().style(message and printable(message), **options)
+        return styled
+
+    def pretty(self, n: Any) -> tuple[str, str]:
+        """Return an answer as text, as in Celery."""
+        status, text = super().pretty(self._shown(n))
+        return status, text
+
+    def echo(self, message: Any = None, **options: Any) -> None:
+        """Print a text, or a value."""
+        super().echo(self._safe(message), **options)
+
+    def _safe(self, message: Any) -> Any:
+        if not isinstance(message, str):
+            return self._shown(message)
+        if message.startswith(("{", "[")):  # --json
+            with suppress(ValueError):
+                return json.dumps(self._shown(json.loads(message)))
+        text = masked_text(_MIGRATED.sub(rf"\g<1>{MASK}", message))
+        parts = enumerate(_COLOURS.split(text))
+        return "".join(part if number % 2 else printable(part) for number, part in parts)
+
+    def _shown(self, value: Any) -> Any:
+        if isinstance(self.app, PyramidCelery):
+            value = shown_value(self.app, "", value)
+        return _printable_within(value)
+
+
+def _printable_within(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_printable_within(key): _printable_within(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable_within(each) for each in value]
+    return printable(value) if isinstance(value, str) else value

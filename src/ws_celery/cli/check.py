@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +10,7 @@ import click
 
 from ws_celery.checks import Finding, Report, examine, shown
 from ws_celery.cli.application import find_ini
-from ws_celery.cli.tables import echo, table
+from ws_celery.cli.tables import Answer, counted, showing, table
 from ws_celery.masking import printable
 
 if TYPE_CHECKING:
@@ -20,39 +18,30 @@ if TYPE_CHECKING:
 
 __all__ = ("check",)
 
-_HEADINGS = ("SETTING", "VALUE", "TYPE", "FROM")
 _COLORS = {"error": "red", "warning": "yellow", "note": "blue"}
 
 
 @click.command
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if there are warnings.")
-def check(as_json: bool, strict: bool) -> None:
+@showing
+def check(_app: object, strict: bool) -> Answer:
     """Print the configuration with its origins, and what is wrong or doubtful.
 
     Exit code 0 if nothing is wrong, 1 with --strict if there are warnings, 2 if there are errors.
     """
     report = examine(find_ini(None))
-    if as_json:
-        echo(json.dumps(report.as_dict(), indent=2))
-    else:
-        for line in _lines(report):
-            click.echo(line)
-    sys.exit(report.exit_code(strict))
+    return Answer(_lines(report), report.as_dict(), report.exit_code(strict), safe=True)
 
 
 def _lines(report: Report) -> Iterator[str]:
     if report.rows:
-        yield from _table(report)
+        rows = [(_name(row), shown(row), row.type, _origin(row.place)) for row in report.rows]
+        # The value gives way, not its place.
+        yield from table(("SETTING", "VALUE", "TYPE", "FROM"), rows, 1, whole=True)
         yield ""
     for finding in report.findings:
         yield f"{_severity(finding)} {printable(str(finding))}"
     yield printable(_summary(report))
-
-
-def _table(report: Report) -> Iterator[str]:
-    rows = [(_name(row), shown(row), row.type, _origin(row.place)) for row in report.rows]
-    yield from table(_HEADINGS, rows, 1, whole=True)  # the value gives way, not its place
 
 
 def _name(row: Setting) -> str:
@@ -72,8 +61,5 @@ def _severity(finding: Finding) -> str:
 
 def _summary(report: Report) -> str:
     severities = [finding.severity for finding in report.findings]
-    counts = [
-        f"{severities.count(name)} {name}{'' if severities.count(name) == 1 else 's'}"
-        for name in ("error", "warning")
-    ]
+    counts = [counted(severities.count(name), name) for name in ("error", "warning")]
     return f"{report.config_uri}: {', '.join(counts)}."

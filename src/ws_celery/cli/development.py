@@ -25,6 +25,7 @@ from paste.deploy.loadwsgi import ConfigLoader
 
 from ws_celery.app import get_celery_app
 from ws_celery.applications import INI_VARIABLE, load_registry
+from ws_celery.cli import main
 from ws_celery.cli.application import READY_VARIABLE, explaining, find_ini
 from ws_celery.cli.child import die_with_parent
 from ws_celery.cli.worker import LAST_RUNS_VARIABLE
@@ -252,8 +253,6 @@ def demo(port: int, data: Path | None) -> None:
 
 def reloaded() -> None:
     """Run ``ws-celery`` again, with the arguments of the process that watches it."""
-    from ws_celery.cli import main
-
     # The watching process may be killed; nothing may go on without it.
     die_with_parent(signal.SIGTERM)
     main()

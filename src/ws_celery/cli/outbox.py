@@ -5,22 +5,42 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 import click
 
 from ws_celery import inspection
-from ws_celery.cli.tables import LIMIT, confirm, echo, fields_of, table, time_of
-
-if TYPE_CHECKING:
-    from ws_celery.app import PyramidCelery
-    from ws_celery.inspection import OutboxRow, OutboxState
+from ws_celery.app import PyramidCelery
+from ws_celery.cli.tables import (
+    Answer,
+    Listing,
+    confirm,
+    counted,
+    echo,
+    fields_of,
+    limit,
+    showing,
+    time_of,
+    with_app,
+    yes,
+)
 
 __all__ = ("outbox",)
 
 _HIDDEN = "(hidden; --arguments shows them)"
-_HEADINGS = ("ROW", "TASK", "STATE", "DISPATCHED", "SENT AGAIN", "ERROR")
+
+_ROWS: Listing[inspection.OutboxRow] = Listing(
+    {
+        "ROW": lambda row: str(row.id),
+        "TASK": lambda row: row.task,
+        "STATE": lambda row: "dead" if row.is_dead else "waiting",
+        "DISPATCHED": lambda row: time_of(row.created_at),
+        "SENT AGAIN": lambda row: str(row.deliveries),
+        "ERROR": lambda row: _last_line(row.problem or row.error or ""),
+    },
+    giving_way=("ERROR", "TASK"),
+)
 
 
 @click.group
@@ -29,10 +49,9 @@ def outbox() -> None:
 
 
 @outbox.command
-@click.pass_context
-def create(context: click.Context) -> None:
+@with_app
+def create(app: PyramidCelery) -> None:
     """Create the table if it is missing."""
-    app = _app(context)
     created = inspection.create_outbox(app)
     name = app.outbox.rows.table.fullname
     echo(f"Created the table {name}." if created else f"The table {name} is there already.")
@@ -42,50 +61,34 @@ def create(context: click.Context) -> None:
 @click.option("--dead", "which", flag_value="dead", default="dead", help="Dead letters. [default]")
 @click.option("--waiting", "which", flag_value="waiting", help="What has not ended yet.")
 @click.option("--all", "which", flag_value="all", help="Both.")
-@click.option("--limit", type=LIMIT, default=100, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.pass_context
-def list_rows(context: click.Context, which: str, limit: int, as_json: bool) -> None:
+@limit(100)
+@showing
+def list_rows(app: PyramidCelery, which: str, limit: int) -> Answer:
     """List rows, the oldest first."""
-    app = _app(context)
     dead = {"dead": True, "waiting": False, "all": None}[which]
     rows = inspection.outbox_rows(app, dead=dead, limit=limit)
-    if as_json:
-        echo(json.dumps([row.as_dict() for row in rows], indent=2))
-        return
-    if rows:
-        for line in table(_HEADINGS, [_cells(row) for row in rows], 5, 1):
-            echo(line)
-    state = inspection.outbox_state(app)
-    echo(f"{len(rows)} shown; {_counted(state)}.")
+    return _ROWS.answer(rows, after=_totals(app, len(rows)))
 
 
 @outbox.command
 @click.argument("name", metavar="ID")
 @click.option("--arguments", is_flag=True, help="Show those of the call, their secrets masked.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.pass_context
-def show(context: click.Context, name: str, arguments: bool, as_json: bool) -> None:
+@showing
+def show(app: PyramidCelery, name: str, arguments: bool) -> Answer:
     """Show a row, by its id or by that of its task."""
-    rows = inspection.find_outbox_rows(_app(context), name)
-    if as_json:
-        echo(json.dumps([_shown(row, arguments) for row in rows], indent=2))
-        return
-    for row in rows:
-        for line in _lines(_shown(row, arguments)):
-            echo(line)
+    rows = [_shown(row, arguments) for row in inspection.find_outbox_rows(app, name)]
+    return Answer((line for row in rows for line in _lines(row)), rows)
 
 
 @outbox.command
 @click.argument("names", metavar="ID...", nargs=-1)
 @click.option("--all-dead", is_flag=True, help="All dead letters.")
-@click.pass_context
-def retry(context: click.Context, names: Sequence[str], all_dead: bool) -> None:
+@with_app
+def retry(app: PyramidCelery, names: Sequence[str], all_dead: bool) -> None:
     """Send rows again, as if they had just been dispatched.
 
     Exit code 1 if one of them cannot be sent.
     """
-    app = _app(context)
     outcome = inspection.retry_outbox_rows(app, _wanted(app, names, all_dead))
     for row_id in outcome.busy:
         echo(f"The row {row_id} is gone, or its task is running.", err=True)
@@ -98,23 +101,17 @@ def retry(context: click.Context, names: Sequence[str], all_dead: bool) -> None:
 @outbox.command
 @click.argument("names", metavar="ID...", nargs=-1)
 @click.option("--all-dead", is_flag=True, help="All dead letters.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.pass_context
-def discard(context: click.Context, names: Sequence[str], all_dead: bool, yes: bool) -> None:
+@yes
+@with_app
+def discard(app: PyramidCelery, names: Sequence[str], all_dead: bool, yes: bool) -> None:
     """Delete rows: these dispatches are given up.
 
     Their messages in queues are not run, except those of plain tasks of Celery.
     """
-    app = _app(context)
     ids = _wanted(app, names, all_dead)
     if ids and not yes:
         confirm(f"Delete {len(ids)} of {_counted(inspection.outbox_state(app))}, for ever?")
     echo(f"Discarded {inspection.discard_outbox_rows(app, ids)}.")
-
-
-def _app(context: click.Context) -> PyramidCelery:
-    app: PyramidCelery = context.obj.app
-    return app
 
 
 def _wanted(app: PyramidCelery, names: Sequence[str], all_dead: bool) -> list[UUID]:
@@ -123,23 +120,21 @@ def _wanted(app: PyramidCelery, names: Sequence[str], all_dead: bool) -> list[UU
     return inspection.dead_letters(app) if all_dead else inspection.outbox_row_ids(app, names)
 
 
-def _cells(row: OutboxRow) -> tuple[str, ...]:
-    lines = (row.problem or row.error or "").strip().splitlines() or [""]
-    return (
-        str(row.id),
-        row.task,
-        "dead" if row.is_dead else "waiting",
-        time_of(row.created_at),
-        str(row.deliveries),
-        lines[-1],
-    )
+def _totals(app: PyramidCelery, shown: int) -> Iterator[str]:
+    # The rows are counted when this is read, which is not with --json.
+    yield f"{shown} shown; {_counted(inspection.outbox_state(app))}."
 
 
-def _shown(row: OutboxRow, arguments: bool) -> dict[str, Any]:
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def _shown(row: inspection.OutboxRow, arguments: bool) -> dict[str, Any]:
     return {**row.as_dict(), **({"arguments": row.arguments} if arguments else {})}
 
 
-def _lines(fields: dict[str, Any]) -> Iterator[str]:
+def _lines(row: dict[str, Any]) -> Iterator[str]:
+    fields = dict(row)
     error = fields.pop("error")
     shown = json.dumps(fields["arguments"]) if "arguments" in fields else _HIDDEN
     yield from fields_of({**fields, "arguments": shown})
@@ -147,6 +142,5 @@ def _lines(fields: dict[str, Any]) -> Iterator[str]:
         yield f"\n{error.rstrip()}"
 
 
-def _counted(state: OutboxState) -> str:
-    letters = "dead letter" if state.dead == 1 else "dead letters"
-    return f"{state.dead} {letters} and {state.waiting} waiting"
+def _counted(state: inspection.OutboxState) -> str:
+    return f"{counted(state.dead, 'dead letter')} and {state.waiting} waiting"

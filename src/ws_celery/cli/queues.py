@@ -1,203 +1,40 @@
-"""``ws-celery queues`` and ``ws-celery purge``: what waits, and throwing it away."""
+"""``ws-celery queues``, ``view`` and ``purge``: what waits, and throwing it away."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import Any
 
 import click
 from celery.bin.purge import purge as celery_purge
 
 from ws_celery import inspection
-from ws_celery.cli.tables import LIMIT, arguments_of, confirm, echo, table, time_of
-from ws_celery.cli.worker import worker
-from ws_celery.inspection import Purged, QueueState, WaitingMessage
+from ws_celery.app import PyramidCelery
+from ws_celery.cli.tables import (
+    Answer,
+    Listing,
+    arguments_of,
+    confirm,
+    counted,
+    echo,
+    limit,
+    showing,
+    time_of,
+    with_app,
+    yes,
+)
 
 __all__ = (
     "clean",
     "purge",
     "queues",
-    "run",
     "view",
 )
 
-_HEADINGS = ("QUEUE", "WAITING", "UNACKED", "CONSUMERS", "OLDEST", "")
-_MESSAGES = ("ID", "TASK", "ARGUMENTS", "ETA", "RETRIES", "ORIGIN")
-
 #: Of how many messages a progress bar is worth while.
 _MANY = 5000
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-_yes = click.option("--yes", is_flag=True, help="Do not ask.")
-
-
-@click.group(invoke_without_command=True)
-@_as_json
-@click.pass_context
-def queues(context: click.Context, as_json: bool) -> None:
-    """Show how much waits in which queue; look into one, empty it, delete it."""
-    if context.invoked_subcommand is not None:
-        return
-    states = inspection.queue_states(context.obj.app)
-    if as_json:
-        echo(json.dumps([state.as_dict() for state in states], indent=2))
-        return
-    for line in table(_HEADINGS, [_cells(state) for state in states], 5, 0):
-        echo(line)
-    if any(state.unacked is None for state in states if state.exists):
-        echo("The broker does not tell how many messages workers have in hand (UNACKED).")
-
-
-@queues.command
-@click.argument("name", metavar="QUEUE")
-@click.option("--limit", type=LIMIT, default=10, show_default=True)
-@_as_json
-@click.pass_context
-def peek(context: click.Context, name: str, limit: int, as_json: bool) -> None:
-    """Show the messages that are taken next, and leave them there."""
-    peeked = inspection.peek_queue(context.obj.app, name, limit)
-    if as_json:
-        found = [message.as_dict() for message in peeked.messages]
-        echo(json.dumps({"source": peeked.source, "messages": found}, indent=2, default=str))
-        return
-    if peeked.source == "outbox":
-        echo(
-            "The broker cannot show messages without taking them. These are the unfinished "
-            "dispatches to the queue, of which workers may have some:"
-        )
-    if peeked.messages:
-        for line in table(_MESSAGES, [_message(each) for each in peeked.messages], 2, 5, 1):
-            echo(line)
-    echo(f"{len(peeked.messages)} shown.")
-
-
-@queues.command(name="purge")
-@click.argument("name", metavar="QUEUE")
-@_yes
-@click.pass_context
-def purge_one(context: click.Context, name: str, yes: bool) -> None:
-    """Throw away what waits in a queue, for ever."""
-    _throw_away(context.obj.app, name, yes, "Throw away {numbers} of the queue {name}, for ever?")
-
-
-@queues.command
-@click.argument("name", metavar="QUEUE")
-@_yes
-@click.pass_context
-def delete(context: click.Context, name: str, yes: bool) -> None:
-    """Throw away a queue, and what waits in it, for ever."""
-    question = "Delete the queue {name} with {numbers}, for ever?"
-    _throw_away(context.obj.app, name, yes, question, inspection.delete_queue)
-    echo(f"Deleted the queue {name}.")
-
-
-queues.add_command(copy.copy(delete), "drop")
-
-
-@click.pass_context
-def _purge_all(
-    context: click.Context,
-    /,
-    force: bool,
-    queues: Sequence[str] | None,
-    exclude_queues: Sequence[str] | None,
-    **_: Any,
-) -> None:
-    """Throw away what waits in all queues of the application, for ever.
-
-    There is no undo.
-    """
-    app = context.obj.app
-    states = [state for state in inspection.queue_states(app) if state.is_used]
-    names = list(queues or [state.name for state in states])
-    names = [name for name in names if name not in (exclude_queues or ())]
-    found = [inspection.queue_state(app, name) for name in names]
-    total = sum(state.waiting for state in found)
-    if not force:
-        question = f"Throw away {_count(total, 'message')} of {', '.join(names)}, for ever?"
-        confirm(question)
-    done = [inspection.purge_queue(app, name) for name in names]
-    purged = Purged(sum(each.messages for each in done), sum(each.rows for each in done))
-    echo(_said(purged, app))
-
-
-purge = copy.copy(celery_purge)
-purge.callback = _purge_all
-purge.help = _purge_all.__doc__
-
-
-def _throw_away(
-    app: Any,
-    name: str,
-    yes: bool,
-    question: str,
-    action: Callable[..., Purged] = inspection.purge_queue,
-) -> None:
-    state = inspection.queue_state(app, name)
-    if not yes:
-        confirm(question.format(numbers=_numbers(state), name=name))
-    if state.waiting < _MANY:
-        purged = action(app, name)
-    else:
-        with click.progressbar(length=state.waiting, label=name) as bar:
-            purged = action(app, name, bar.update)
-    echo(_said(purged, app))
-
-
-def _said(purged: Purged, app: Any) -> str:
-    text = f"Threw away {_count(purged.messages, 'message')}"
-    rows = f" and {_count(purged.rows, 'row')} of the outbox" if app.outbox is not None else ""
-    return f"{text}{rows}."
-
-
-def _numbers(state: QueueState) -> str:
-    text = _count(state.waiting, "message")
-    hand = f"{state.unacked} more in the hands of workers" if state.unacked else ""
-    takers = f"{_count(state.consumers, 'consumer')}" if state.consumers else ""
-    more = ", ".join(filter(None, (hand, takers)))
-    return f"{text} ({more})" if more else text
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _cells(state: QueueState) -> tuple[str, ...]:
-    remarks = list(_remarks(state))
-    if not state.exists:
-        return (state.name, "-", "-", "-", "-", ", ".join(remarks))
-    return (
-        state.name,
-        str(state.waiting),
-        _known(state.unacked),
-        _known(state.consumers),
-        _age(state.oldest),
-        ", ".join(remarks),
-    )
-
-
-def _remarks(state: QueueState) -> Iterator[str]:
-    if not state.exists:
-        yield "not declared yet"
-    if not state.is_used:
-        yield "not of this application"
-    if any(length for step, length in state.priorities.items() if step):
-        steps = (f"{step}: {length}" for step, length in state.priorities.items() if length)
-        yield f"by priority {', '.join(steps)}"
-
-
-def _message(message: WaitingMessage) -> tuple[str, ...]:
-    return (
-        message.id or "-",
-        message.task or "-",
-        message.problem or arguments_of(message.arguments),
-        time_of(message.eta),
-        str(message.retries),
-        message.origin or "",
-    )
 
 
 def _known(number: int | None) -> str:
@@ -211,21 +48,162 @@ def _age(since: datetime | None) -> str:
     return str(timedelta(seconds=max(int(age.total_seconds()), 0)))
 
 
-def _renamed(command: click.Command, name: str, short_help: str) -> click.Command:
-    alias = copy.copy(command)
-    alias.name, alias.short_help = name, short_help
-    return alias
+def _remarks(state: inspection.QueueState) -> Iterator[str]:
+    if not state.exists:
+        yield "not declared yet"
+    if not state.is_used:
+        yield "not of this application"
+    if any(length for step, length in state.priorities.items() if step):
+        steps = (f"{step}: {length}" for step, length in state.priorities.items() if length)
+        yield f"by priority {', '.join(steps)}"
 
 
-run = _renamed(worker, "run", "Start worker instance; the same as worker.")
-clean = _renamed(purge, "clean", "Throw away what waits in all queues; the same as purge.")
+_QUEUES: Listing[inspection.QueueState] = Listing(
+    {
+        "QUEUE": lambda state: state.name,
+        "WAITING": lambda state: str(state.waiting) if state.exists else "-",
+        "UNACKED": lambda state: _known(state.unacked),
+        "CONSUMERS": lambda state: _known(state.consumers),
+        "OLDEST": lambda state: _age(state.oldest),
+        "": lambda state: ", ".join(_remarks(state)),
+    },
+    giving_way=("", "QUEUE"),
+)
+
+_MESSAGES: Listing[inspection.WaitingMessage] = Listing(
+    {
+        "ID": lambda message: message.id or "-",
+        "TASK": lambda message: message.task or "-",
+        "ARGUMENTS": lambda message: message.problem or arguments_of(message.arguments),
+        "ETA": lambda message: time_of(message.eta),
+        "RETRIES": lambda message: str(message.retries),
+        "ORIGIN": lambda message: message.origin or "",
+    },
+    giving_way=("ARGUMENTS", "ORIGIN", "TASK"),
+)
+
+
+@click.group(invoke_without_command=True)
+@showing
+def queues(app: PyramidCelery) -> Answer:
+    """Show how much waits in which queue; look into one, empty it, delete it."""
+    states = inspection.queue_states(app)
+    hidden = any(state.unacked is None for state in states if state.exists)
+    said = "The broker does not tell how many messages workers have in hand (UNACKED)."
+    return _QUEUES.answer(states, after=[said] if hidden else [])
+
+
+@queues.command
+@click.argument("name", metavar="QUEUE")
+@limit(10)
+@showing
+def peek(app: PyramidCelery, name: str, limit: int) -> Answer:
+    """Show the messages that are taken next, and leave them there."""
+    return _peeked(app, name, limit)
 
 
 @click.command
-@click.option("--limit", type=LIMIT, default=100, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.pass_context
-def view(context: click.Context, limit: int, as_json: bool) -> None:
+@limit(100)
+@showing
+def view(app: PyramidCelery, limit: int) -> Answer:
     """Show what waits in the default queue; `queues peek` shows it of any."""
-    name = context.obj.app.conf.task_default_queue
-    context.invoke(peek, name=name, limit=limit, as_json=as_json)
+    return _peeked(app, app.conf.task_default_queue, limit)
+
+
+def _peeked(app: PyramidCelery, name: str, limit: int) -> Answer:
+    peeked = inspection.peek_queue(app, name, limit)
+    of_outbox = (
+        "The broker cannot show messages without taking them. These are the unfinished "
+        "dispatches to the queue, of which workers may have some:"
+    )
+    answer = _MESSAGES.answer(
+        peeked.messages,
+        before=[of_outbox] if peeked.source == "outbox" else [],
+        after=[f"{len(peeked.messages)} shown."],
+    )
+    return replace(answer, data={"source": peeked.source, "messages": answer.data})
+
+
+@queues.command(name="purge")
+@click.argument("name", metavar="QUEUE")
+@yes
+@with_app
+def purge_one(app: PyramidCelery, name: str, yes: bool) -> None:
+    """Throw away what waits in a queue, for ever."""
+    _throw_away(app, name, yes, "Throw away {numbers} of the queue {name}, for ever?")
+
+
+@queues.command
+@click.argument("name", metavar="QUEUE")
+@yes
+@with_app
+def delete(app: PyramidCelery, name: str, yes: bool) -> None:
+    """Throw away a queue, and what waits in it, for ever."""
+    question = "Delete the queue {name} with {numbers}, for ever?"
+    _throw_away(app, name, yes, question, inspection.delete_queue)
+    echo(f"Deleted the queue {name}.")
+
+
+queues.add_command(copy.copy(delete), "drop")
+
+
+def _throw_away(
+    app: PyramidCelery,
+    name: str,
+    yes: bool,
+    question: str,
+    action: Callable[..., inspection.Purged] = inspection.purge_queue,
+) -> None:
+    state = inspection.queue_state(app, name)
+    if not yes:
+        confirm(question.format(numbers=_numbers(state), name=name))
+    if state.waiting < _MANY:
+        purged = action(app, name)
+    else:
+        with click.progressbar(length=state.waiting, label=name) as bar:
+            purged = action(app, name, bar.update)
+    _print_purged(app, purged.messages, purged.rows)
+
+
+def _numbers(state: inspection.QueueState) -> str:
+    text = counted(state.waiting, "message")
+    unacked = f"{state.unacked} more in the hands of workers" if state.unacked else ""
+    consumers = counted(state.consumers, "consumer") if state.consumers else ""
+    more = ", ".join(filter(None, (unacked, consumers)))
+    return f"{text} ({more})" if more else text
+
+
+@with_app
+def _purge_all(
+    app: PyramidCelery,
+    force: bool,
+    queues: Sequence[str] | None,
+    exclude_queues: Sequence[str] | None,
+    **_: object,
+) -> None:
+    """Throw away what waits in all queues of the application, for ever.
+
+    There is no undo.
+    """
+    used = [state.name for state in inspection.queue_states(app) if state.is_used]
+    names = [name for name in queues or used if name not in (exclude_queues or ())]
+    total = sum(inspection.queue_state(app, name).waiting for name in names)
+    if not force:
+        confirm(f"Throw away {counted(total, 'message')} of {', '.join(names)}, for ever?")
+    purged = [inspection.purge_queue(app, name) for name in names]
+    _print_purged(app, sum(each.messages for each in purged), sum(each.rows for each in purged))
+
+
+purge = copy.copy(celery_purge)
+purge.callback = _purge_all
+purge.help = _purge_all.__doc__
+
+clean = copy.copy(purge)
+clean.name = "clean"
+clean.short_help = "Throw away what waits in all queues; the same as purge."
+
+
+def _print_purged(app: PyramidCelery, messages: int, rows: int) -> None:
+    text = f"Threw away {counted(messages, 'message')}"
+    settled = f" and {counted(rows, 'row')} of the outbox" if app.outbox is not None else ""
+    echo(f"{text}{settled}.")

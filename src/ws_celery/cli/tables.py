@@ -1,126 +1,164 @@
-"""What commands print for people: tables as wide as the terminal, and text that it can show."""
+"""What commands print: listings as a table or as JSON, in words that a terminal can show.
+
+A command that shows something returns an :class:`Answer`, most often that of a :class:`Listing`;
+:func:`showing` makes the output, ``--json`` and the exit code out of it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, cast
+from functools import wraps
+from itertools import chain
+from typing import Any, Generic, Protocol, TypeVar
 
 import click
-from celery.bin.base import CLIContext
 
-from ws_celery.app import PyramidCelery
-from ws_celery.masking import MASK, masked_text, printable
-from ws_celery.shown_arguments import shown_value
+from ws_celery.masking import printable
 
 __all__ = (
-    "LIMIT",
-    "HealthFile",
-    "SafeContext",
+    "Answer",
+    "Listing",
     "arguments_of",
     "confirm",
+    "counted",
     "echo",
     "fields_of",
+    "limit",
+    "show",
+    "showing",
     "table",
     "time_of",
+    "with_app",
+    "yes",
 )
-
-#: How many to show at most, as all databases take it.
-LIMIT = click.IntRange(1, 2**31 - 1)
-
-
-class HealthFile(click.Path):
-    """A file that can be written, or made. It is not yet: that would tell that all is well."""
-
-    def __init__(self) -> None:
-        super().__init__(dir_okay=False, writable=True, path_type=Path)
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        file = cast("Path", super().convert(value, param, ctx))
-        folder = file.parent
-        if not (folder.is_dir() and (file.exists() or os.access(folder, os.W_OK | os.X_OK))):
-            self.fail(
-                f"'{folder}' is no folder that a file can be made in. Make it, or name another "
-                "one.",
-                param,
-                ctx,
-            )
-        return file
-
-
-#: What Celery writes in colours, and what it says of a message that it moves.
-_COLOURS = re.compile(r"(\x1b\[[\d;]*m)")
-_MIGRATED = re.compile(r"(Migrating task \S+: ).*", re.DOTALL)
 
 #: Width of a table whose terminal is not known, such as in a pipe: no line is cut there.
 _USUAL = 120
 #: To how many characters a column gives way, as long as that is enough, and at most.
 _NARROW, _NARROWEST = 20, 10
 
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+class Record(Protocol):
+    """What can be listed."""
+
+    def as_dict(self) -> Mapping[str, object]:
+        """Return the fields as JSON has them."""
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has found.
+
+    :param lines: what people read.
+    :param data: what ``--json`` prints.
+    :param exit_code: of the command.
+    :param safe: whether a terminal may be given the lines as they are, with their colours.
+    """
+
+    lines: Iterable[str]
+    data: object
+    exit_code: int = 0
+    safe: bool = False
+
+
+@dataclass(frozen=True)
+class Listing(Generic[RecordT]):
+    """How records of one class are listed.
+
+    :param columns: for each heading, what returns the text of a cell.
+    :param giving_way: the columns that are cut where the terminal is narrow, the first one first.
+    :param left_out: the column that is left out where that is not enough.
+    """
+
+    columns: Mapping[str, Callable[[RecordT], str]]
+    giving_way: Sequence[str] = ()
+    left_out: str | None = None
+
+    def answer(
+        self, records: Sequence[RecordT], *, before: Iterable[str] = (), after: Iterable[str] = ()
+    ) -> Answer:
+        """Return what a command says of records.
+
+        :param before: lines before the table.
+        :param after: lines after it; without any records, they stand alone.
+        """
+        headings = list(self.columns)
+        rows = [[cell(record) for cell in self.columns.values()] for record in records]
+        left_out = None if self.left_out is None else headings.index(self.left_out)
+        giving_way = map(headings.index, self.giving_way)
+        lines = table(headings, rows, *giving_way, left_out=left_out) if rows else ()
+        return Answer(chain(before, lines, after), [record.as_dict() for record in records])
+
+
+def showing(function: Callable[..., Answer]) -> Callable[..., None]:
+    """Let a command print what its function answers, with ``--json`` as JSON.
+
+    The function is given the Celery app, and the command's options. That of a group is not called
+    if one of the group's commands is.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+    @click.pass_context
+    @wraps(function)
+    def command(context: click.Context, /, as_json: bool, **options: object) -> None:
+        if context.invoked_subcommand is None:
+            show(context, function(context.obj.app, **options), as_json=as_json)
+
+    return command
+
+
+def show(context: click.Context, answer: Answer, *, as_json: bool) -> None:
+    """Print an answer, and end the command with its exit code."""
+    if as_json:
+        echo(json.dumps(answer.data, indent=2, default=str))
+    else:
+        for line in answer.lines:
+            click.echo(line) if answer.safe else echo(line)
+    context.exit(answer.exit_code)
+
+
+def with_app(function: Callable[..., None]) -> Callable[..., None]:
+    """Give the function of a command the Celery app before the command's options."""
+
+    @click.pass_context
+    @wraps(function)
+    def command(context: click.Context, /, **options: object) -> None:
+        function(context.obj.app, **options)
+
+    return command
+
+
+def limit(default: int) -> Callable[[Command], Command]:
+    """Return the option of a listing that says how many records are shown at most."""
+    # As all databases take it.
+    kind = click.IntRange(1, 2**31 - 1)
+    return click.option("--limit", type=kind, default=default, show_default=True)
+
+
+def yes(command: Command) -> Command:
+    """Let a command have the option that answers what :func:`confirm` would ask."""
+    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+
+
+def confirm(question: str) -> None:
+    """Ask, and end the command unless the answer is yes."""
+    # Programs read the standard output of --json.
+    as_json = click.get_current_context().params.get("as_json", False)
+    click.confirm(printable(question), abort=True, err=as_json)
+
 
 def echo(text: str = "", *, err: bool = False) -> None:
     """Print a text; what a terminal would obey is shown instead."""
     click.echo(printable(text), err=err)
-
-
-def confirm(question: str, *, err: bool = False) -> None:
-    """Ask, and end the command unless the answer is yes."""
-    click.confirm(printable(question), abort=True, err=err)
-
-
-class SafeContext(CLIContext):
-    """What Celery's own commands print with; what workers answer is shown without its secrets."""
-
-    def style(self, message: str | None = None, **options: Any) -> str | None:
-        """Return a text with its colours, as in Celery."""
-        styled: str | None = super().style(message and printable(message), **options)
-        return styled
-
-    def pretty(self, n: Any) -> tuple[str, str]:
-        """Return an answer as text, as in Celery."""
-        status, text = super().pretty(self._shown(n))
-        return status, text
-
-    def echo(self, message: Any = None, **options: Any) -> None:
-        """Print a text, or a value."""
-        super().echo(self._safe(message), **options)
-
-    def _safe(self, message: Any) -> Any:
-        if not isinstance(message, str):
-            return self._shown(message)
-        if message.startswith(("{", "[")):  # --json
-            with suppress(ValueError):
-                return json.dumps(self._shown(json.loads(message)))
-        text = masked_text(_MIGRATED.sub(rf"\g<1>{MASK}", message))
-        parts = enumerate(_COLOURS.split(text))
-        return "".join(part if number % 2 else printable(part) for number, part in parts)
-
-    def _shown(self, value: Any) -> Any:
-        if isinstance(self.app, PyramidCelery):
-            value = shown_value(self.app, "", value)
-        return _printable_within(value)
-
-
-def _printable_within(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {_printable_within(key): _printable_within(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_printable_within(each) for each in value]
-    return printable(value) if isinstance(value, str) else value
-
-
-def fields_of(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each field: its name and its value, if it has one."""
-    width = max(map(len, fields))
-    for name, value in fields.items():
-        if value not in (None, ""):
-            yield f"{name.ljust(width)}  {printable(str(value), lines=False)}"
 
 
 def table(
@@ -176,6 +214,14 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."[:width]
 
 
+def fields_of(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each field: its name and its value, if it has one."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        if value not in (None, ""):
+            yield f"{name.ljust(width)}  {printable(str(value), lines=False)}"
+
+
 def arguments_of(call: Mapping[str, Any] | None) -> str:
     """Return the arguments of a call, ``args`` and ``kwargs``, as Python writes them."""
     if call is None:
@@ -188,3 +234,8 @@ def arguments_of(call: Mapping[str, Any] | None) -> str:
 def time_of(time: datetime | None) -> str:
     """Return a time in UTC, to the second; nothing if there is none."""
     return "" if time is None else time.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and what it counts: ``1 task``, ``2 tasks``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,10 +1,10 @@
-"""``ws-celery tasks``: what there is to run, what runs, and stopping it."""
+"""``ws-celery tasks``, ``call``, ``workers`` and ``status``: what can run, and what runs."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -17,9 +17,22 @@ from click.core import ParameterSource
 from kombu.exceptions import OperationalError
 
 from ws_celery import inspection
-from ws_celery.cli.tables import arguments_of, confirm, echo, fields_of, table, time_of
+from ws_celery.app import PyramidCelery
+from ws_celery.cli.tables import (
+    Answer,
+    Listing,
+    arguments_of,
+    confirm,
+    counted,
+    echo,
+    fields_of,
+    show,
+    showing,
+    time_of,
+    with_app,
+    yes,
+)
 from ws_celery.exceptions import TaskNotRegistered
-from ws_celery.inspection import HeldTask, RegisteredTask, WorkerState, health
 from ws_celery.inspection.results import answering, backend_of
 
 __all__ = (
@@ -29,9 +42,145 @@ __all__ = (
     "workers",
 )
 
+_TASKS: Listing[inspection.RegisteredTask] = Listing(
+    {
+        "TASK": lambda task: task.name,
+        "ORIGIN": lambda task: task.plugin or task.origin,
+        "QUEUE": lambda task: task.queue or "-",
+        "SCHEDULE": lambda task: ", ".join(task.schedule),
+        "BASE": lambda task: task.base,
+    },
+    giving_way=("BASE", "SCHEDULE", "QUEUE", "ORIGIN", "TASK"),
+)
+
+_RUNNING: Listing[inspection.HeldTask] = Listing(
+    {
+        "ID": lambda task: task.id,
+        "TASK": lambda task: task.task,
+        "STATE": lambda task: task.state,
+        "SINCE OR ETA": lambda task: time_of(task.since or task.eta),
+        "WORKER": lambda task: task.worker,
+        "ARGUMENTS": lambda task: arguments_of(task.arguments),
+    },
+    giving_way=("ARGUMENTS", "WORKER", "TASK"),
+)
+
+_WORKERS: Listing[inspection.WorkerState] = Listing(
+    {
+        "WORKER": lambda worker: worker.name,
+        "PID": lambda worker: str(worker.pid),
+        "POOL": lambda worker: worker.pool.rpartition(".")[2],
+        "AT ONCE": lambda worker: str(worker.concurrency or "-"),
+        "FINISHED": lambda worker: str(sum(worker.finished.values())),
+        "QUEUES": lambda worker: ", ".join(worker.queues),
+    },
+    giving_way=("QUEUES", "WORKER"),
+)
+
+_timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Seconds to wait for workers.",
+)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--all", "with_celerys", is_flag=True, help="Those of Celery's own, too.")
+@showing
+def tasks(app: PyramidCelery, with_celerys: bool) -> Answer:
+    """List the registered tasks; show what runs, and stop it."""
+    found = inspection.registered_tasks(app)
+    found = [task for task in found if with_celerys or task.origin != "celery"]
+    return _TASKS.answer(found, after=[] if found else ["No task is registered."])
+
+
+@tasks.command(name="show")
+@click.argument("name", metavar="TASK")
+@showing
+def show_task(app: PyramidCelery, name: str) -> Answer:
+    """Show all that was decided about one task."""
+    fields = inspection.registered_task(app, name).as_dict()
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()
+    }
+    return Answer(fields_of(texts), fields)
+
+
+@tasks.command
+@click.option(
+    "--state",
+    "states",
+    type=click.Choice(inspection.STATES),
+    multiple=True,
+    help="Only these. [default: all]",
+)
+@_timeout
+@showing
+def running(app: PyramidCelery, states: Sequence[str], timeout: float) -> Answer:
+    """List what workers have in hand: running, next, or waiting for its eta."""
+    found = inspection.held_tasks(app, states or inspection.STATES, timeout)
+    return _RUNNING.answer(found, after=[f"{len(found)} in the hands of workers."])
+
+
+@tasks.command
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@_timeout
+@yes
+@with_app
+def revoke(app: PyramidCelery, ids: Sequence[str], timeout: float, yes: bool) -> None:
+    """Let tasks not run, if they have not begun."""
+    named = counted(len(ids), "task")
+    if not yes:
+        confirm(f"Revoke {named}, so that they never run?")
+    inspection.revoke_tasks(app, ids, timeout=timeout)
+    echo(f"Revoked {named}.")
+
+
+@tasks.command
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.option(
+    "--signal",
+    type=click.Choice([each.name for each in Signals], case_sensitive=False),
+    metavar="NAME",
+    default="SIGTERM",
+    show_default=True,
+    help="Name of the signal, such as SIGKILL.",
+)
+@_timeout
+@yes
+@with_app
+def terminate(
+    app: PyramidCelery, ids: Sequence[str], signal: str, timeout: float, yes: bool
+) -> None:
+    """Kill the processes that run tasks, and let the tasks not run again."""
+    named = counted(len(ids), "task")
+    if not yes:
+        active = inspection.held_tasks(app, ("active",), timeout)
+        count = sum(task.id in ids for task in active)
+        confirm(f"Terminate {named}, of which {count} running: kill with {signal}?")
+    inspection.revoke_tasks(app, ids, terminate=True, signal=signal, timeout=timeout)
+    echo(f"Asked workers to terminate {named}.")
+
+
+@click.command
+@_timeout
+@showing
+def workers(app: PyramidCelery, timeout: float) -> Answer:
+    """List the workers that answer."""
+    return _WORKERS.answer(inspection.worker_states(app, timeout))
+
 
 @click.pass_context
-def _call(context: click.Context, /, name: str, args: Any, kwargs: Any, **options: Any) -> None:
+def _call(
+    context: click.Context,
+    /,
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    **options: object,
+) -> None:
     """Call a task by name."""
     app = context.obj.app
     if name not in app.tasks:
@@ -90,15 +239,13 @@ def _status(context: click.Context, /, **options: Any) -> None:
         return
     if "beat" in ours["parts"] and ours["beat_file"] is None:
         raise click.UsageError("--part beat needs --beat-file: only that tells of a beat.")
-    found = health(context.obj.app, workers=options["destination"] or (), **ours)
+    found = inspection.health(context.obj.app, workers=options["destination"] or (), **ours)
     healthy = all(part.healthy for part in found)
-    if options["json"]:
-        parts = [part.as_dict() for part in found]
-        echo(json.dumps({"healthy": healthy, "parts": parts}, indent=2))
-    else:
-        for part in found:
-            echo(f"{part.name:8}  {'ok' if part.healthy else 'FAILED':6}  {part.detail}")
-    context.exit(0 if healthy else EX_UNAVAILABLE)
+    lines = (
+        f"{each.name:8}  {'ok' if each.healthy else 'FAILED':6}  {each.detail}" for each in found
+    )
+    data = {"healthy": healthy, "parts": [part.as_dict() for part in found]}
+    show(context, Answer(lines, data, 0 if healthy else EX_UNAVAILABLE), as_json=options["json"])
 
 
 def _refuse_ours(context: click.Context) -> None:
@@ -112,157 +259,3 @@ status = copy.copy(celery_status)
 status.callback = _status
 status.help = _status.__doc__
 status.params = [*celery_status.params, *_OPTIONS]
-
-
-_HEADINGS = ("TASK", "ORIGIN", "QUEUE", "SCHEDULE", "BASE")
-_HELD = ("ID", "TASK", "STATE", "SINCE OR ETA", "WORKER", "ARGUMENTS")
-_WORKERS = ("WORKER", "PID", "POOL", "AT ONCE", "FINISHED", "QUEUES")
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-_yes = click.option("--yes", is_flag=True, help="Do not ask.")
-_timeout = click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Seconds to wait for workers.",
-)
-
-
-@click.group(invoke_without_command=True)
-@click.option("--all", "with_celerys", is_flag=True, help="Those of Celery's own, too.")
-@_as_json
-@click.pass_context
-def tasks(context: click.Context, with_celerys: bool, as_json: bool) -> None:
-    """List the registered tasks; show what runs, and stop it."""
-    if context.invoked_subcommand is not None:
-        return
-    found = inspection.registered_tasks(_app(context))
-    found = [task for task in found if with_celerys or task.origin != "celery"]
-    if as_json:
-        echo(json.dumps([task.as_dict() for task in found], indent=2))
-        return
-    for line in table(_HEADINGS, [_cells(task) for task in found], 4, 3, 2, 1, 0):
-        echo(line)
-
-
-@tasks.command
-@click.argument("name", metavar="TASK")
-@_as_json
-@click.pass_context
-def show(context: click.Context, name: str, as_json: bool) -> None:
-    """Show all that was decided about one task."""
-    fields = inspection.registered_task(_app(context), name).as_dict()
-    if as_json:
-        echo(json.dumps(fields, indent=2))
-        return
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()
-    }
-    for line in fields_of(texts):
-        echo(line)
-
-
-@tasks.command
-@click.option(
-    "--state",
-    "states",
-    type=click.Choice(inspection.STATES),
-    multiple=True,
-    help="Only these. [default: all]",
-)
-@_timeout
-@_as_json
-@click.pass_context
-def running(context: click.Context, states: Sequence[str], timeout: float, as_json: bool) -> None:
-    """List what workers have in hand: running, next, or waiting for its eta."""
-    held = inspection.held_tasks(_app(context), states or inspection.STATES, timeout)
-    if as_json:
-        echo(json.dumps([task.as_dict() for task in held], indent=2, default=str))
-        return
-    if held:
-        for line in table(_HELD, [_held(task) for task in held], 5, 4, 1):
-            echo(line)
-    echo(f"{len(held)} in the hands of workers.")
-
-
-@tasks.command
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
-@_timeout
-@_yes
-@click.pass_context
-def revoke(context: click.Context, ids: Sequence[str], timeout: float, yes: bool) -> None:
-    """Let tasks not run, if they have not begun."""
-    if not yes:
-        confirm(f"Revoke {_counted(ids)}, so that they never run?")
-    inspection.revoke_tasks(_app(context), ids, timeout=timeout)
-    echo(f"Revoked {_counted(ids)}.")
-
-
-@tasks.command
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
-@click.option(
-    "--signal",
-    type=click.Choice([each.name for each in Signals], case_sensitive=False),
-    metavar="NAME",
-    default="SIGTERM",
-    show_default=True,
-    help="Name of the signal, such as SIGKILL.",
-)
-@_timeout
-@_yes
-@click.pass_context
-def terminate(
-    context: click.Context, ids: Sequence[str], signal: str, timeout: float, yes: bool
-) -> None:
-    """Kill the processes that run tasks, and let the tasks not run again."""
-    app = _app(context)
-    if not yes:
-        held = inspection.held_tasks(app, ("active",), timeout)
-        count = sum(task.id in ids for task in held)
-        question = f"{_counted(ids)}, of which {count} running: kill with {signal}?"
-        confirm(f"Terminate {question}")
-    inspection.revoke_tasks(app, ids, terminate=True, signal=signal, timeout=timeout)
-    echo(f"Asked workers to terminate {_counted(ids)}.")
-
-
-@click.command
-@_timeout
-@_as_json
-@click.pass_context
-def workers(context: click.Context, timeout: float, as_json: bool) -> None:
-    """List the workers that answer."""
-    found = inspection.worker_states(_app(context), timeout)
-    if as_json:
-        echo(json.dumps([worker.as_dict() for worker in found], indent=2))
-        return
-    for line in table(_WORKERS, [_worker(each) for each in found], 5, 0):
-        echo(line)
-
-
-def _app(context: click.Context) -> Any:
-    return context.obj.app
-
-
-def _counted(ids: Sequence[str]) -> str:
-    return "1 task" if len(ids) == 1 else f"{len(ids)} tasks"
-
-
-def _cells(task: RegisteredTask) -> tuple[str, ...]:
-    origin = task.plugin or task.origin
-    return task.name, origin, task.queue or "-", ", ".join(task.schedule), task.base
-
-
-def _held(task: HeldTask) -> tuple[str, ...]:
-    time = time_of(task.since or task.eta)
-    return task.id, task.task, task.state, time, task.worker, arguments_of(task.arguments)
-
-
-def _worker(worker: WorkerState) -> tuple[str, ...]:
-    return tuple(_texts(worker))
-
-
-def _texts(worker: WorkerState) -> Iterator[str]:
-    yield from (worker.name, str(worker.pid), worker.pool.rpartition(".")[2])
-    yield from (str(worker.concurrency or "-"), str(sum(worker.finished.values())))
-    yield ", ".join(worker.queues)

@@ -1,4 +1,7 @@
-"""``ws-celery worker`` and ``multi``: Celery's commands, but that they start ``ws-celery`` anew."""
+"""``ws-celery worker``, ``multi``, ``beat`` and ``relay``: what runs tasks, and what sends them.
+
+The first three are Celery's commands; where they start a process anew, it is ``ws-celery``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from celery.app.defaults import DEFAULTS
@@ -22,9 +26,14 @@ from celery.bin.worker import detach
 from celery.bin.worker import worker as celery_worker
 
 from ws_celery.beat import SCHEDULER
-from ws_celery.cli.tables import HealthFile
+from ws_celery.cli.tables import with_app
 from ws_celery.exceptions import ConfigurationError, WsCeleryError
 from ws_celery.masking import logger_of
+
+if TYPE_CHECKING:
+    from ws_celery.app import PyramidCelery
+    from ws_celery.outbox.relay import Relay
+    from ws_celery.outbox.store import Outbox
 
 __all__ = (
     "LAST_RUNS_VARIABLE",
@@ -32,6 +41,7 @@ __all__ = (
     "flower",
     "multi",
     "relay",
+    "run",
     "worker",
 )
 
@@ -48,7 +58,7 @@ _DONE_WITH_VALUE = ("--uid", "--gid")
 
 
 @click.pass_context
-def _worker(context: click.Context, /, **options: Any) -> Any:
+def _worker(context: click.Context, /, **options: Any) -> object:
     if not options["detach"]:
         return context.invoke(celery_worker.callback, **options)
     arguments = [*_PROGRAM, *_left_over(sys.argv[1:])]
@@ -85,7 +95,7 @@ class _MultiTool(MultiTool):
 
 
 @click.pass_context
-def _multi(context: click.Context, /, **_: Any) -> Any:
+def _multi(context: click.Context, /, **_: object) -> None:
     """Start multiple worker instances."""
     tool = _MultiTool(quiet=context.obj.quiet, no_color=context.obj.no_color)
     context.exit(tool.execute_from_commandline(["ws-celery multi", *context.args]))
@@ -106,8 +116,39 @@ $ ws-celery worker --ini production.ini --pool=threads --hostname=slow@%h
 $ ws-celery worker --ini production.ini --autoscale=10,0
 """
 
+run = copy.copy(worker)
+run.name, run.short_help = "run", "Start worker instance; the same as worker."
+
 multi = copy.copy(celery_multi)
 multi.callback = _multi
+
+
+class HealthFile(click.Path):
+    """A file that can be written, or made. It is not yet: that would tell that all is well."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Path:
+        """Return the file.
+
+        :raises click.BadParameter: if it cannot be written.
+        """
+        file = cast("Path", super().convert(value, param, ctx))
+        folder = file.parent
+        if not (folder.is_dir() and (file.exists() or os.access(folder, os.W_OK | os.X_OK))):
+            self.fail(
+                f"'{folder}' is no folder that a file can be made in. Make it, or name another "
+                "one.",
+                param,
+                ctx,
+            )
+        return file
 
 
 #: Environment variable that names the file of the last runs where nothing else does.
@@ -115,7 +156,7 @@ LAST_RUNS_VARIABLE = "WS_CELERY_LAST_RUNS"
 
 
 @click.pass_context
-def _beat(context: click.Context, /, health_file: Path | None, **options: Any) -> Any:
+def _beat(context: click.Context, /, health_file: Path | None, **options: Any) -> object:
     app, scheduler = context.obj.app, options["scheduler"]
     if health_file is not None and scheduler != SCHEDULER:
         raise click.UsageError(
@@ -160,16 +201,15 @@ beat.params = [
 )
 @click.option("-l", "--loglevel", type=LOG_LEVEL, default="INFO", show_default=True)
 @click.option("-f", "--logfile", help="Where to log to. [default: stderr]")
-@click.pass_context
+@with_app
 def relay(
-    context: click.Context, batch: int, health_file: Path | None, loglevel: str, logfile: str | None
+    app: PyramidCelery, batch: int, health_file: Path | None, loglevel: str, logfile: str | None
 ) -> None:
     """Send what is due in the outbox: what could not be published, has an eta, or got lost.
 
     Every beat does so too, in a thread. Any number of both may run at once. SIGTERM and SIGINT let
     it finish the batch in hand.
     """
-    app = context.obj.app
     if app.outbox is None:
         raise ConfigurationError(
             "The application has no outbox: there is nothing to send. Switch it on with "
@@ -182,7 +222,11 @@ def relay(
     _run(app.outbox.relay)
 
 
-def _check(outbox: Any) -> None:
+def _check(outbox: Outbox) -> None:
+    """Let what no relay can work with be an error at the start.
+
+    :raises WsCeleryError: such as a table that is not there.
+    """
     try:
         with outbox.begin() as connection:
             outbox.rows.seconds_until_due(connection)
@@ -192,7 +236,7 @@ def _check(outbox: Any) -> None:
         log.debug("%s", error)  # a database that is down comes back; the relay says so
 
 
-def _run(relay: Any) -> None:
+def _run(relay: Relay) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _end)
     # It ends with the main thread; signals reach only that one. Not join(): one that a signal
@@ -202,7 +246,7 @@ def _run(relay: Any) -> None:
         time.sleep(1)
 
 
-def _end(signum: int, _frame: Any) -> None:
+def _end(signum: int, _frame: FrameType | None) -> None:
     signal.signal(signum, signal.SIG_DFL)  # a second one kills
     sys.exit(0)
 

@@ -9,6 +9,7 @@ from ws_celery.inspection.health import (
     schedule_health,
 )
 from ws_celery.inspection.locks import Holder, free_lock, lock_holder, lock_holders
+from ws_celery.inspection.messages import WaitingMessage
 from ws_celery.inspection.outbox import (
     OutboxRow,
     OutboxState,
@@ -26,7 +27,6 @@ from ws_celery.inspection.queues import (
     Peeked,
     Purged,
     QueueState,
-    WaitingMessage,
     delete_queue,
     peek_queue,
     purge_queue,
@@ -54,12 +54,14 @@ from ws_celery.inspection.schedule_edits import (
     run_schedule_entry,
     unexported_entries,
 )
-from ws_celery.inspection.tasks import RegisteredTask, registered_task, registered_tasks
-from ws_celery.inspection.workers import (
+from ws_celery.inspection.tasks import (
     STATES,
     HeldTask,
+    RegisteredTask,
     WorkerState,
     held_tasks,
+    registered_task,
+    registered_tasks,
     revoke_tasks,
     revoked_ids,
     worker_states,

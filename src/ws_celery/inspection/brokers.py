@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kombu.exceptions import OperationalError
 
@@ -16,6 +16,12 @@ from ws_celery.compat import delete_virtual_queue, virtual_queue_size
 from ws_celery.control import RedisQueues
 from ws_celery.exceptions import BrokerUnavailable, NotSupported
 from ws_celery.masking import masked_text
+
+if TYPE_CHECKING:
+    from kombu import Connection
+    from kombu.transport.virtual import Channel
+
+    from ws_celery.app import PyramidCelery
 
 __all__ = ("Broker", "Depth", "connected")
 
@@ -56,13 +62,13 @@ class Broker:
     #: Whether a queue is there before somebody uses it.
     keeps_queues = True
 
-    def __init__(self, app: Any, connection: Any) -> None:
+    def __init__(self, app: PyramidCelery, connection: Connection) -> None:
         self._app = app
         self.connection = connection
         self.kind = connection.transport.driver_name
 
     @property
-    def channel(self) -> Any:
+    def channel(self) -> Channel:
         """The channel to look through."""
         return self.connection.default_channel
 
@@ -202,7 +208,7 @@ _KINDS: dict[str, type[Broker]] = {
 
 
 @contextmanager
-def connected(app: Any) -> Iterator[Broker]:
+def connected(app: PyramidCelery) -> Iterator[Broker]:
     """Connect to the broker of an application, for a few seconds at most.
 
     :raises BrokerUnavailable: if it does not answer.

@@ -8,13 +8,12 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
-from kombu.serialization import loads, prepare_accept_content
 from pyramid.registry import Registry
 from pyramid.request import Request
 
 from ws_celery.app import PyramidCelery, get_celery_app
-from ws_celery.converters import aware
 from ws_celery.exceptions import BrokenRow, NotFound, NotIncluded
+from ws_celery.inspection.messages import body_of, time_of
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
 
@@ -250,8 +249,7 @@ def _row(outbox: Outbox, row: Row[Any]) -> OutboxRow:
         call = _call(outbox.app, publication)
     except BrokenRow as error:
         problem = error.problem
-    found = {name: getattr(row, name) for name in _TIMES}
-    times: dict[str, Any] = {name: time and aware(time) for name, time in found.items()}
+    times: dict[str, Any] = {name: time_of(getattr(row, name)) for name in _TIMES}
     return OutboxRow(
         id=row.id,
         task_id=row.task_id,
@@ -268,21 +266,14 @@ def _row(outbox: Outbox, row: Row[Any]) -> OutboxRow:
 
 
 def _call(app: PyramidCelery, publication: Publication) -> tuple[Any, Any] | None:
-    options = publication.options
-    accept = prepare_accept_content(app.conf.accept_content)
     try:
-        args, kwargs, _ = loads(
-            publication.payload,
-            options["content_type"],
-            options["content_encoding"],
-            accept=accept,
-        )
+        args, kwargs, _ = body_of(app, publication)
     except Exception:  # noqa: BLE001  whatever was written there; it is shown, not run
         return None
     return args, kwargs
 
 
-def _as_json(value: object) -> object:
+def _as_json(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.astimezone(timezone.utc).isoformat()
     return str(value) if isinstance(value, UUID) else value

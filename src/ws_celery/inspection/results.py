@@ -5,22 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone, tzinfo
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from celery import states
 from celery.backends.base import DisabledBackend
 from kombu.exceptions import OperationalError
 
-from ws_celery.app import get_celery_app
+from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.events import SKIPPED
 from ws_celery.exceptions import NotFound, NotSupported, Unavailable
-from ws_celery.inspection.queues import time_of
+from ws_celery.inspection.messages import Record, Source, time_of
 from ws_celery.masking import masked, masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
+
+if TYPE_CHECKING:
+    from celery.backends.base import Backend
+    from sqlalchemy.orm import Session
+
 
 __all__ = (
     "Result",
@@ -59,7 +64,7 @@ def answering(*, except_for: tuple[type[BaseException], ...] = ()) -> Iterator[N
         raise _unavailable(error.__cause__ or error) from error
 
 
-def backend_of(app: Any) -> Any:
+def backend_of(app: PyramidCelery) -> Backend:
     """Return the result backend of an application; that of a database makes its tables.
 
     :raises Unavailable: at once, if that database does not answer.
@@ -69,7 +74,7 @@ def backend_of(app: Any) -> Any:
         return app.backend
 
 
-def _connect_once(app: Any) -> None:
+def _connect_once(app: PyramidCelery) -> None:
     # Celery would try for ten seconds, and log the traceback of each try.
     made, url = app.backend_class()
     if hasattr(made, "ResultSession"):
@@ -77,7 +82,7 @@ def _connect_once(app: Any) -> None:
         probe.session_manager.get_engine(probe.url, **probe.engine_options).connect().close()
 
 
-def zone_of(app: Any, session: Any) -> tzinfo:
+def zone_of(app: PyramidCelery, session: Session) -> tzinfo:
     """Return the zone that the times of results are in, which the database keeps without one.
 
     Celery writes the time in the zone of the application; a PostgreSQL puts it into that of the
@@ -87,12 +92,12 @@ def zone_of(app: Any, session: Any) -> tzinfo:
     if connection.dialect.name != "postgresql":
         zone: tzinfo = app.timezone
         return zone
-    name = connection.exec_driver_sql("SHOW TimeZone").scalar()
+    name = str(connection.exec_driver_sql("SHOW TimeZone").scalar())
     try:
         return ZoneInfo(name)
     except (ValueError, ZoneInfoNotFoundError):  # it may be an offset, or a rule of POSIX
-        asked = "SELECT extract(timezone FROM now())::integer"
-        return timezone(timedelta(seconds=connection.exec_driver_sql(asked).scalar()))
+        query = "SELECT extract(timezone FROM now())::integer"
+        return timezone(timedelta(seconds=connection.exec_driver_sql(query).scalar_one()))
 
 
 def in_zone(time: datetime, zone: tzinfo) -> datetime:
@@ -102,8 +107,8 @@ def in_zone(time: datetime, zone: tzinfo) -> datetime:
 
 
 def _unavailable(error: BaseException) -> Unavailable:
-    said = getattr(error, "orig", None) or error
-    return Unavailable("results", masked_text(str(said).strip()))
+    reason = getattr(error, "orig", None) or error
+    return Unavailable("results", masked_text(str(reason).strip()))
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -113,7 +118,7 @@ def _errors() -> tuple[type[BaseException], ...]:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Record):
     """How a run has ended, or how far it is.
 
     :param id: of the task.
@@ -138,12 +143,12 @@ class Result:
     retries: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields, the time as JSON has it; the result is whatever it is."""
-        return {**asdict(self), "done": self.done and self.done.isoformat()}
+        """Return the fields, times as JSON has them; the result is whatever it is."""
+        return {**super().as_dict(), "result": self.result}
 
 
 def stored_results(
-    source: Any,
+    source: Source,
     *,
     state: str | None = None,
     task: str | None = None,
@@ -184,7 +189,7 @@ def stored_results(
     return [_result(app, _decoded(backend, each), zone) for each in found]
 
 
-def result_of(source: Any, task_id: str) -> Result:
+def result_of(source: Source, task_id: str) -> Result:
     """Return what is known of a run by the id of its task, from any result backend.
 
     :raises NotFound: if nothing is.
@@ -200,7 +205,7 @@ def result_of(source: Any, task_id: str) -> Result:
     return _result(app, found, zone)
 
 
-def forget_results(source: Any, *ids: str) -> None:
+def forget_results(source: Source, *ids: str) -> None:
     """Delete results.
 
     :raises NotFound: for the first one that is not there; those before it are deleted.
@@ -213,7 +218,7 @@ def forget_results(source: Any, *ids: str) -> None:
 
 
 @contextmanager
-def _database(backend: Any) -> Iterator[Any]:
+def _database(backend: Backend) -> Iterator[Any]:
     with answering():
         session = backend.ResultSession()
         try:
@@ -222,7 +227,7 @@ def _database(backend: Any) -> Iterator[Any]:
             session.close()
 
 
-def _found(backend: Any, task_id: str) -> dict[str, Any]:
+def _found(backend: Backend, task_id: str) -> dict[str, Any]:
     if isinstance(backend, DisabledBackend):
         raise NotFound("result", task_id)
     with answering():
@@ -232,7 +237,7 @@ def _found(backend: Any, task_id: str) -> dict[str, Any]:
     return {"task_id": task_id, **found}
 
 
-def _result(app: Any, found: Mapping[str, Any], zone: tzinfo = timezone.utc) -> Result:
+def _result(app: PyramidCelery, found: Mapping[str, Any], zone: tzinfo = timezone.utc) -> Result:
     name, traceback = found.get("name"), found.get("traceback")
     done = found.get("date_done")
     if isinstance(done, datetime) and done.tzinfo is None:
@@ -253,7 +258,7 @@ def _result(app: Any, found: Mapping[str, Any], zone: tzinfo = timezone.utc) -> 
     )
 
 
-def _shown(app: Any, found: Mapping[str, Any], call: tuple[Any, Any] | None) -> Any:
+def _shown(app: PyramidCelery, found: Mapping[str, Any], call: tuple[Any, Any] | None) -> Any:
     value = found.get("result")
     if isinstance(value, BaseException):
         value = f"{type(value).__name__}: {value}"
@@ -279,21 +284,21 @@ def _shown_error(value: Any, shown: Callable[[str], str]) -> Any:
     return shown(value) if isinstance(value, str) else value
 
 
-def _decoded(backend: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+def _decoded(backend: Backend, row: Mapping[str, Any]) -> dict[str, Any]:
     coded = [key for key in ("args", "kwargs") if row.get(key)]
     if isinstance(row.get("result"), bytes):  # with Celery 5.5, it is the value itself
         coded.append("result")
     return {**row, **{key: _read(backend, row[key]) for key in coded}}
 
 
-def _read(backend: Any, stored: Any) -> Any:
+def _read(backend: Backend, stored: Any) -> Any:
     try:
         return backend.decode(stored)
     except Exception as error:  # noqa: BLE001  whatever was written there; it is shown
         return f"(cannot be read: {type(error).__name__})"
 
 
-def _kind(backend: Any) -> str:
+def _kind(backend: Backend) -> str:
     if isinstance(backend, DisabledBackend):
         return "none"
     return str(type(backend).__name__.removesuffix("Backend"))
