@@ -23,7 +23,6 @@ from click_didyoumean import DYMGroup
 from kombu.exceptions import OperationalError
 
 from ws_celery import __version__
-from ws_celery.applications import INI_VARIABLE
 from ws_celery.cli.options import Options, looks_like_ini, options_given, take_ini_uri
 from ws_celery.exceptions import (
     BrokerUnavailable,
