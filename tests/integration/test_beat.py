@@ -169,7 +169,7 @@ def test_edits_are_seen_while_beat_runs(make, beat_of):
     wait_for(lambda: ticks_of(app, "e"))
     app.schedule.save("added", **EVERY_SECOND)
     wait_for(lambda: ticks_of(app, "added"))
-    app.schedule.disable("e")
+    app.schedule.save("e", enabled=False)
     app.schedule.remove("added")
     wait_for(lambda: not len(scheduler._agenda))
 
@@ -713,7 +713,7 @@ def test_a_beat_notes_that_it_has_looked_at_an_entry_long_before_its_first_tick(
 
 
 def test_a_result_that_never_comes_is_not_waited_for_for_ever():
-    from ws_celery.beat.ticks import is_unfinished
+    from ws_celery.beat.claims import is_unfinished
 
     now = datetime(2027, 1, 31, tzinfo=timezone.utc)
 
