@@ -50,6 +50,15 @@ def handing_over(self, request, number):
     self.replace(write.s(number))
 
 
+@task(name="handing_over_and_trying_again", bind=True, base=RequestAwareTask)
+def handing_over_and_trying_again(self, request):
+    """Hand over inside of a try that catches everything."""
+    try:
+        self.replace(note.si(1))
+    except Exception:  # noqa: BLE001 - as careless functions do
+        self.retry(countdown=0)
+
+
 @task(name="trying_again", bind=True, base=RequestAwareTask)
 def trying_again(self, request):
     if not self.request.retries:
@@ -57,7 +66,10 @@ def trying_again(self, request):
             self.retry(countdown=0)
 
 
-TASKS = (prepare, prepare_in_vain, note, handing_over, trying_again, write, follow)
+TASKS = (
+    *(prepare, prepare_in_vain, note, handing_over, handing_over_and_trying_again),
+    *(trying_again, write, follow),
+)
 
 
 @pytest.fixture
@@ -228,6 +240,18 @@ def test_a_run_that_goes_on_after_its_retry_leaves_it_the_row(app):
     (_, following), (name, retry) = messages(app)
     assert (name, retry.options["headers"]["retries"]) == ("trying_again", 1)
     assert following.row_id is not None
+    assert len(app.sent()) == 2
+
+
+def test_a_run_that_is_retried_after_it_has_handed_over_leaves_that_the_row(app):
+    message = call(app, handing_over_and_trying_again.si())
+
+    with pytest.raises(Retry):
+        perform(app, message)
+
+    (name, retry), (following, _) = messages(app)
+    assert (name, following) == ("handing_over_and_trying_again", "note")
+    assert retry.options["headers"]["retries"] == 1
     assert len(app.sent()) == 2
 
 

@@ -425,8 +425,7 @@ def test_a_run_without_effect_has_aborted_before_its_request_ends(make_outbox, p
     @task(name="late", acknowledge="late")
     def late(request):
         request.add_finished_callback(lambda request: write.delay(request, 2))
-        outbox = app.celery.outbox
-        outbox.execute(outbox.rows.delete, [row.id])  # somebody else has had the effect
+        app.celery.outbox.settlement.delete(row.id)  # somebody else has had the effect
 
     app = make_outbox(postgres, late, write)
     dispatch(app, late)
