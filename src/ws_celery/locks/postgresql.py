@@ -89,8 +89,7 @@ class PostgresqlStore(LockStore):
                     f"the request of a task has no SQLAlchemy session as its attribute "
                     f"{app.session_attribute!r} (ws_celery.dbsession)"
                 )
-            bind = session.get_bind()
-        engine = getattr(bind, "engine", bind)
+            engine = session.get_bind().engine
         if engine.dialect.name != "postgresql":
             raise LocksUnavailable(
                 f"the database is {engine.dialect.name}, and only Redis and PostgreSQL keep them"
