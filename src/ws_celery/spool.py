@@ -106,11 +106,11 @@ class Spool:
             self._app.outbox.not_published(kept)
         others = [each for each in publications[attempt.begun :] if not each.row_id]
         if others and not late:
-            self._keep_and_tell(others, error)
+            self._keep_and_notify(others, error)
         doubtful = publications[attempt.sent : attempt.begun]
         self.report([each for each in doubtful if not each.row_id], error)
 
-    def _keep_and_tell(self, publications: Sequence[Publication], error: BaseException) -> None:
+    def _keep_and_notify(self, publications: Sequence[Publication], error: BaseException) -> None:
         lost = self.keep(publications)
         without = set(lost)
         if kept := [each for each in publications if each not in without]:
@@ -121,7 +121,7 @@ class Spool:
     def report(
         self, publications: Sequence[Publication], error: BaseException, *, ambiguous: bool = True
     ) -> None:
-        """Tell that messages are lost.
+        """Log that messages are lost, and notify the application.
 
         :param ambiguous: whether they may have been sent all the same.
         """
@@ -218,7 +218,7 @@ class Spool:
     def _send(self, batch: Sequence[Publication]) -> float:
         """Send messages; return how many seconds to wait until the next ones."""
         if self._refused and len(batch) > 1:
-            return self._send_each(batch)  # RabbitMQ would not tell which of them it refuses
+            return self._send_each(batch)  # RabbitMQ would not say which of them it refuses
         attempt = self._publisher.attempt(batch)
         self._refused = attempt.refused
         if self._refused and len(batch) > 1:
@@ -233,7 +233,7 @@ class Spool:
         return self._broker.failed(attempt.error)
 
     def _send_each(self, batch: Sequence[Publication]) -> float:
-        """Tell a message that no broker takes from a broker that takes none: then no other passes.
+        """Send each alone: if none passes it is the broker, else what is refused is to blame.
 
         :return: how many seconds to wait until the next ones.
         """

@@ -259,7 +259,7 @@ def number_of(key: str) -> int:
 
 
 def _describe(held: Held, now: int) -> str:
-    """Return a statement that tells ``pg_stat_activity`` who holds a lock, since ``now``."""
+    """Return a statement by which ``pg_stat_activity`` shows who holds a lock, since ``now``."""
     fields = {"key": held.key, **held.description(), "token": held.token, "since": now}
     short = {k: _cut(each) if isinstance(each, str) else each for k, each in fields.items()}
     description = json.dumps(short, ensure_ascii=False, separators=(",", ":"))

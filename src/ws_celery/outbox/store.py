@@ -307,8 +307,7 @@ class Journal:
 
         :param request: the request whose session they are written with.
         :raises ValueError: if ``eta`` or ``expires`` is no time, or a name does not fit the table.
-        :raises SessionError: if it has no session.
-        :raises SessionError: if its session does not commit with the transaction.
+        :raises SessionError: if it has no session, or one that the transaction does not commit.
         """
         kept = self._outbox.admit(publications)
         if not kept:
