@@ -101,6 +101,22 @@ class Outbox(Database):
         if self.place is None:
             self.place = place_of(connection, self.table)
 
+    def attempt(
+        self,
+        statement: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T | None:
+        """Run a statement in a transaction of our own, or log why not; the lease repairs it.
+
+        It does not raise: the caller's transaction has ended.
+        """
+        try:
+            return self.execute(statement, *args, **kwargs)
+        except self.errors:
+            log.exception("The outbox could not be written; the relay will look at it later")
+            return None
+
     def set_defaults(self, task: type[Task]) -> None:
         """Let the messages of a class of TransactionalTasks survive the worker that runs them.
 
@@ -264,22 +280,6 @@ class Outbox(Database):
     def revoke(self, task_ids: Sequence[str]) -> int:
         """Delete the rows of tasks, unless they are running; return how many."""
         return self.attempt(self.rows.delete_tasks, task_ids) or 0
-
-    def attempt(
-        self,
-        statement: Callable[Concatenate[Connection, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T | None:
-        """Run a statement in a transaction of our own, or log why not; the lease repairs it.
-
-        It does not raise: the caller's transaction has ended.
-        """
-        try:
-            return self.execute(statement, *args, **kwargs)
-        except self.errors:
-            log.exception("The outbox could not be written; the relay will look at it later")
-            return None
 
 
 class Journal:
