@@ -13,8 +13,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
-from kombu.serialization import loads
-
 from ws_celery.events import PublishFailed, TasksSpooled, notify
 from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.masking import logger_of, masked_text
@@ -150,7 +148,9 @@ class Spool:
             return text
         headers = publication.options["headers"]
         reprs = headers.get("argsrepr"), headers.get("kwargsrepr")
-        call = _call_of(publication)
+        call: tuple[Any, Any] | None = None
+        with suppress(Exception):  # serialisers raise anything
+            call = publication.call()
         args, kwargs = logged_arguments(self._app, publication.task_name, call, reprs)
         return f"{text} args={args} kwargs={kwargs}"
 
@@ -267,14 +267,3 @@ class Spool:
 
 def _bytes_of(publication: Publication) -> int:
     return len(publication.payload) + _BESIDE_BODY
-
-
-def _call_of(publication: Publication) -> tuple[Any, Any] | None:
-    """Return ``args`` and ``kwargs`` of a message; ``None`` if they cannot be read."""
-    options = publication.options
-    kind = options.get("content_type"), options.get("content_encoding")
-    try:
-        args, kwargs, _ = loads(publication.payload, *kind, accept={kind[0]})  # our own
-    except Exception:  # noqa: BLE001 - serialisers raise anything
-        return None
-    return args, kwargs
