@@ -156,7 +156,7 @@ class PyramidCelery(Celery):
         self.config_from_object(settings)
 
     def complete(self) -> None:
-        """Tell the handlers of Celery's signals, now that the application's tasks are there."""
+        """Call the handlers of Celery's signals, now that the application's tasks are there."""
         self.finalize()
         self.on_after_configure.release()
         self.on_after_finalize.release()

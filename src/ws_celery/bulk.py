@@ -275,7 +275,7 @@ def split_call(name: str, number: int, call: Iterable[Any]) -> tuple[Any, Any]:
 
 
 def _differ(task: RequestAwareTask, options: Mapping[str, Any]) -> bool:
-    """Tell whether a call may make a difference to its message that is not known here.
+    """Return whether a call may make a difference to its message that is not known here.
 
     Whoever listens to a publish sees each, a router may look at the arguments, and a method
     that was replaced at what it likes.

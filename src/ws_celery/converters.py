@@ -130,5 +130,5 @@ def utc(time: datetime) -> datetime:
 
 
 def aware(time: datetime) -> datetime:
-    """Return a time with a zone: one without is in UTC, as for Celery's workers."""
+    """Return a time with its zone: UTC where none is kept, as by some databases and by Celery."""
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)

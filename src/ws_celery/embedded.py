@@ -70,7 +70,7 @@ class EmbeddedBroker:
         return f"redis+socket://{self.socket}?virtual_host={database}"
 
     def is_running(self) -> bool:
-        """Tell whether a server accepts connections on the socket."""
+        """Return whether a server accepts connections on the socket."""
         with socket.socket(socket.AF_UNIX) as client:
             return client.connect_ex(str(self.socket)) == 0
 

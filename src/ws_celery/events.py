@@ -126,7 +126,7 @@ class TasksPublished(_OfMessages):
 class TasksSpooled(_OfMessages):
     """The transaction has committed, and its messages wait in this process for the broker.
 
-    :class:`TasksPublished` or :class:`PublishFailed` tells what becomes of them, unless the process
+    :class:`TasksPublished` or :class:`PublishFailed` says what becomes of them, unless the process
     is killed before.
 
     :param publications: what was not sent.
@@ -237,7 +237,7 @@ class WorkerProcessInit(_Event):
 
 
 def has_subscriber(registry: Registry, event: type) -> bool:
-    """Tell whether anybody would get an event of this class; it costs no object to ask."""
+    """Return whether anybody would get an event of this class; it costs no object to ask."""
     # Zope keeps the answer until a subscriber comes or goes.
     return bool(
         registry.has_listeners and registry.adapters.subscriptions((implementedBy(event),), None)
@@ -248,7 +248,7 @@ def listen(signal: Signal, method: Callable[..., object]) -> None:
     """Connect a method to a signal of Celery's, for as long as its object lives.
 
     To Celery 5.5 the methods of two objects of one class are the same, and it keeps the first: of
-    two applications in a process only one would be told.
+    two applications in a process only one would be notified.
     """
     name, owner = method.__name__, method.__self__  # type: ignore[attr-defined]
     signal.connect(method, dispatch_uid=f"{type(owner).__qualname__}.{name}:{id(owner)}")

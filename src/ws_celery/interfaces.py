@@ -59,7 +59,7 @@ class ICeleryApp(Interface):
 
 
 class ICelerySource(Interface):
-    """Where the configuration is, as ``config.configure_celery`` was told."""
+    """Where the configuration is, as ``config.configure_celery`` was given it."""
 
     config_uri = Attribute("The file, or None.")
     overrides = Attribute("Options set in code, by name.")
@@ -101,7 +101,7 @@ class ITaskDeriver(Interface):
 
 
 class ITaskDeriverInfo(Interface):
-    """What a deriver is told of a task."""
+    """What a deriver gets to know of a task."""
 
     task = Attribute("Celery's task, bound to its app; what ``bind=True`` hands to the function.")
     name = Attribute("The name of the task.")
@@ -286,7 +286,7 @@ class IOutbox(IDatabase):
     def revoke(task_ids: Sequence[str]) -> int:
         """Delete the rows of tasks, unless they are running; return how many.
 
-        Called where nobody could be told: never raises.
+        Called where an error would reach nobody: never raises.
         """
 
 

@@ -32,7 +32,7 @@ _NONE = "-"
 
 _SAFE = SafeRecords()
 
-#: The logger by which Celery tells how a run has ended.
+#: The logger by which Celery says how a run has ended.
 _TRACE = "celery.app.trace"
 
 
@@ -70,9 +70,9 @@ class TaskFormatter(logging.Formatter):
 
 
 def _task_of(record: logging.LogRecord) -> tuple[str, str]:
-    told = getattr(record, "data", None)  # Celery's own records tell their task so
-    if isinstance(told, Mapping) and told.get("id"):
-        return str(told.get("name") or _NONE), str(told["id"])
+    fields = getattr(record, "data", None)  # Celery's own records name their task so
+    if isinstance(fields, Mapping) and fields.get("id"):
+        return str(fields.get("name") or _NONE), str(fields["id"])
     task = get_current_task()
     if task is None or not task.request.id:
         return _NONE, _NONE
@@ -80,7 +80,7 @@ def _task_of(record: logging.LogRecord) -> tuple[str, str]:
 
 
 def has_logging(config_uri: str) -> bool:
-    """Tell whether an INI file has logging of its own, which Celery does not change."""
+    """Return whether an INI file has logging of its own, which Celery does not change."""
     return "loggers" in plaster.get_loader(config_uri, protocols=["wsgi"]).get_sections()
 
 
@@ -114,7 +114,7 @@ def filter_handlers(logger: logging.Logger, **_: Any) -> None:
 
 
 def log_arguments_of_failures() -> None:
-    """Let Celery's record of a failure tell the arguments of the call, their secrets masked."""
+    """Let Celery's record of a failure show the arguments of the call, their secrets masked."""
     logger = logging.getLogger(_TRACE)
     if not any(isinstance(each, _ArgumentsOfFailure) for each in logger.filters):
         logger.addFilter(_ArgumentsOfFailure())
@@ -122,16 +122,16 @@ def log_arguments_of_failures() -> None:
 
 class _ArgumentsOfFailure(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        told = getattr(record, "data", None)
-        if record.levelno >= logging.ERROR and isinstance(told, Mapping) and "args" in told:
-            arguments = " ".join(_arguments_of(told)).replace("%", "%%")
+        fields = getattr(record, "data", None)
+        if record.levelno >= logging.ERROR and isinstance(fields, Mapping) and "args" in fields:
+            arguments = " ".join(_arguments_of(fields)).replace("%", "%%")
             record.msg = f"{record.msg} Arguments: {arguments}"
         return True
 
 
-def _arguments_of(told: Mapping[str, Any]) -> tuple[str, ...]:
+def _arguments_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
     task = get_current_task()
-    if task is None or task.request.id != told.get("id"):
+    if task is None or task.request.id != fields.get("id"):
         return (MASK,)  # nobody knows the names by which a text without them is masked
     context = task.request
     reprs = getattr(context, "argsrepr", None), getattr(context, "kwargsrepr", None)

@@ -87,7 +87,7 @@ _LOGGERS = ("ws_celery", "celery", "kombu")
 
 @lru_cache(maxsize=1024)  # the names of arguments, at each call
 def is_secret(name: str) -> bool:
-    """Tell whether the value of an option or key of this name has to be hidden."""
+    """Return whether the value of an option or key of this name has to be hidden."""
     return bool(_SECRET_NAME.search(name))
 
 

@@ -106,7 +106,7 @@ class Publisher:
         """Hand ``publications`` to the broker in one flush; no broker makes it raise.
 
         The database has committed when this runs, so that an error could only mislead the caller.
-        It is logged with the names and ids of the tasks, and events tell what became of them. What
+        It is logged with the names and ids of the tasks, and events say what became of them. What
         interrupts the process, such as a time limit, is raised.
         """
         reason = self._reason_to_wait()
@@ -147,7 +147,7 @@ class Publisher:
     def conclude(
         self, publications: Sequence[Publication], attempt: Attempt, *, late: bool = False
     ) -> None:
-        """Tell what has become of messages, and see to it that those not sent will be.
+        """Notify of what was sent, and see to it that the rest will be.
 
         :param late: whether they come from the spool, and what was not sent goes back there.
         """
@@ -316,13 +316,13 @@ def _send_each(
             attempt.sent = attempt.begun
     if not answers:
         # A publish has no answer on RabbitMQ: a dead broker would be noticed by nobody. It
-        # answers methods in their order: one that changes nothing tells that all has arrived.
+        # answers methods in their order: one that changes nothing shows that all has arrived.
         producer.channel.flow(active=True)
         attempt.sent = attempt.begun
 
 
 def _judge(error: BaseException, connection: Connection, attempt: Attempt) -> None:
-    """Tell by its error how far an attempt came."""
+    """Record in an attempt what its error says about how far it came."""
     cause = error.__cause__ if _is_of_batch(error) else error
     attempt.error = cause if isinstance(cause, BaseException) else error
     attempt.down = isinstance(attempt.error, (OperationalError, *connection.connection_errors))
@@ -367,7 +367,7 @@ def _declare_once(producer: Producer, publications: Iterable[Publication], deadl
 
 
 def _is_alive(producer: Producer) -> bool:
-    """Tell whether an idle connection is still one; redis-py looks for itself."""
+    """Return whether an idle connection is still one; redis-py looks for itself."""
     connection = producer.connection
     if connection.transport.driver_type != "amqp":
         return True

@@ -23,7 +23,7 @@ from celery.utils.time import maybe_iso8601
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.compression import get_encoder
 from kombu.exceptions import EncodeError
-from kombu.serialization import dumps
+from kombu.serialization import dumps, loads
 from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE as BITS
 from kombu.utils import json
 from pyramid.request import Request
@@ -125,6 +125,16 @@ class Publication:
         self.anonymous = False
         #: Whether it waits in the outbox for its eta, not in a worker's memory.
         self.waits = False
+
+    def call(self) -> tuple[Any, Any]:
+        """Return ``args`` and ``kwargs``, decoded from the body; of a message of our own.
+
+        :raises Exception: what a serializer raises, or if it is the message of an event.
+        """
+        content_type = self.options["content_type"]
+        encoding = self.options["content_encoding"]
+        args, kwargs, _ = loads(self.payload, content_type, encoding, accept={content_type})
+        return args, kwargs
 
 
 class RecordingProducer:

@@ -382,7 +382,7 @@ def _degrees(fields: Mapping[str, Any], name: str, most: int) -> float:
 
 
 def _is_line(value: object) -> TypeGuard[str]:
-    """Tell whether a schedule is written in words, and not as JSON."""
+    """Return whether a schedule is written in words, and not as JSON."""
     return isinstance(value, str) and not value.startswith(("{", "["))
 
 

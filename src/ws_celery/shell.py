@@ -84,7 +84,7 @@ class _Transaction:
 
     def leave(self) -> None:
         """Abort, and say on stderr how many dispatches are dropped."""
-        dropped = self._recorded()
+        dropped = len(self._app.transactions.recorded(self._request))
         self._request.environ["tm.active"] = False
         self._manager.abort()
         if dropped:
@@ -99,10 +99,3 @@ class _Transaction:
             raise
         finally:
             self.begin()
-
-    def _recorded(self) -> int:
-        """Return how many dispatches the transaction has recorded."""
-        try:
-            return len(self._manager.get().data(self._app).publications)
-        except KeyError:
-            return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from celery.utils.saferepr import saferepr
 
@@ -14,6 +14,7 @@ from ws_celery.settings import our_setting
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
+    from ws_celery.request import Args, Kwargs
 
 __all__ = (
     "hidden_arguments",
@@ -23,9 +24,6 @@ __all__ = (
     "shown_text",
     "shown_value",
 )
-
-_Args: TypeAlias = "Sequence[Any] | None"
-_Kwargs: TypeAlias = "Mapping[str, Any] | None"
 
 #: How many characters a hidden value has at least that is looked for in other texts.
 _SHORTEST = 4
@@ -105,7 +103,7 @@ def _parameters(app: PyramidCelery, task: str | None) -> Sequence[str]:
 
 
 def masked_reprs(
-    app: PyramidCelery, task: str, args: _Args, kwargs: _Kwargs
+    app: PyramidCelery, task: str, args: Args, kwargs: Kwargs
 ) -> tuple[str | None, str | None]:
     """Return the words that a message has for its arguments, which Celery shows in logs and events.
 
@@ -124,8 +122,8 @@ def masked_reprs(
         return MASK, MASK
 
 
-def _may_have_secrets(app: PyramidCelery, task: str, args: _Args, kwargs: _Kwargs) -> bool:
-    """Tell whether to look closer; it is asked at each call, and most have numbers and words."""
+def _may_have_secrets(app: PyramidCelery, task: str, args: Args, kwargs: Kwargs) -> bool:
+    """Return whether to look closer; it is asked at each call, and most have numbers and words."""
     args, kwargs = args or (), kwargs or {}
     if not all(map(_is_plain, args)) or not all(map(_is_plain, kwargs.values())):
         return True

@@ -13,7 +13,7 @@ Celery 5.5 to 5.7 looks at a task's function in these places, each of a task's c
 ``_dump_pydantic_arguments``
     From 5.7, with ``pydantic=True``: what makes JSON of the models among a call's arguments.
 
-``Task.retry`` (5.7) looks at ``run`` if it is given only a part of the arguments: ``retries.py``
+``Task.retry`` (5.7) looks at ``run`` if it is given only a part of the arguments: ``tasks``
 gives it all. What is called with the request has to see it: ``run``, the wrapper that makes models
 of the arguments, and that of ``autoretry_for``. ``_decorated_fun`` (5.7) is only compared.
 """
@@ -98,7 +98,7 @@ def _header(check: Callable[..., Any]) -> Callable[..., Any]:
     if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return check  # it takes any arguments
     if not parameters or parameters[0].kind not in _POSITIONAL:
-        return partial(check, None)  # its error tells that there is no place for a request
+        return partial(check, None)  # its error says that there is no place for a request
     header: Callable[..., Any] = head_from_fun(without_request(check))
     return header
 

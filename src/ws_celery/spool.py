@@ -13,8 +13,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
-from kombu.serialization import loads
-
 from ws_celery.events import PublishFailed, TasksSpooled, notify
 from ws_celery.exceptions import BrokerUnavailable
 from ws_celery.masking import logger_of, masked_text
@@ -106,11 +104,11 @@ class Spool:
             self._app.outbox.not_published(kept)
         others = [each for each in publications[attempt.begun :] if not each.row_id]
         if others and not late:
-            self._keep_and_tell(others, error)
+            self._keep_and_notify(others, error)
         doubtful = publications[attempt.sent : attempt.begun]
         self.report([each for each in doubtful if not each.row_id], error)
 
-    def _keep_and_tell(self, publications: Sequence[Publication], error: BaseException) -> None:
+    def _keep_and_notify(self, publications: Sequence[Publication], error: BaseException) -> None:
         lost = self.keep(publications)
         without = set(lost)
         if kept := [each for each in publications if each not in without]:
@@ -121,7 +119,7 @@ class Spool:
     def report(
         self, publications: Sequence[Publication], error: BaseException, *, ambiguous: bool = True
     ) -> None:
-        """Tell that messages are lost.
+        """Log that messages are lost, and notify the application.
 
         :param ambiguous: whether they may have been sent all the same.
         """
@@ -150,7 +148,9 @@ class Spool:
             return text
         headers = publication.options["headers"]
         reprs = headers.get("argsrepr"), headers.get("kwargsrepr")
-        call = _call_of(publication)
+        call: tuple[Any, Any] | None = None
+        with suppress(Exception):  # serialisers raise anything
+            call = publication.call()
         args, kwargs = logged_arguments(self._app, publication.task_name, call, reprs)
         return f"{text} args={args} kwargs={kwargs}"
 
@@ -218,7 +218,7 @@ class Spool:
     def _send(self, batch: Sequence[Publication]) -> float:
         """Send messages; return how many seconds to wait until the next ones."""
         if self._refused and len(batch) > 1:
-            return self._send_each(batch)  # RabbitMQ would not tell which of them it refuses
+            return self._send_each(batch)  # RabbitMQ would not say which of them it refuses
         attempt = self._publisher.attempt(batch)
         self._refused = attempt.refused
         if self._refused and len(batch) > 1:
@@ -233,7 +233,7 @@ class Spool:
         return self._broker.failed(attempt.error)
 
     def _send_each(self, batch: Sequence[Publication]) -> float:
-        """Tell a message that no broker takes from a broker that takes none: then no other passes.
+        """Send each alone: if none passes it is the broker, else what is refused is to blame.
 
         :return: how many seconds to wait until the next ones.
         """
@@ -267,14 +267,3 @@ class Spool:
 
 def _bytes_of(publication: Publication) -> int:
     return len(publication.payload) + _BESIDE_BODY
-
-
-def _call_of(publication: Publication) -> tuple[Any, Any] | None:
-    """Return ``args`` and ``kwargs`` of a message; ``None`` if they cannot be read."""
-    options = publication.options
-    kind = options.get("content_type"), options.get("content_encoding")
-    try:
-        args, kwargs, _ = loads(publication.payload, *kind, accept={kind[0]})  # our own
-    except Exception:  # noqa: BLE001 - serialisers raise anything
-        return None
-    return args, kwargs

@@ -30,43 +30,6 @@ __all__ = (
     "retry_attempts",
 )
 
-#: Errors by number, by the package of the driver that raises them. Each means "try again".
-_NUMBERS = dict.fromkeys(("pymysql", "MySQLdb", "mysql", "mariadb", "asyncmy"), (1020, 1205, 1213))
-
-
-def is_conflict(manager: TransactionManager, error: BaseException) -> bool:
-    """Return whether the transaction that raised ``error`` may succeed when it is run again.
-
-    :param manager: the transaction's manager. Ask before the abort, which makes the transaction
-        forget its data managers.
-    """
-    if not isinstance(error, Exception):
-        return False
-    return _is_known_to(manager, error) or _is_marked(error) or _is_of_driver(error)
-
-
-def _is_known_to(manager: TransactionManager, error: Exception) -> bool:
-    try:
-        return bool(manager.get().isRetryableError(error))
-    except NoTransaction:
-        return False
-
-
-def _is_marked(error: Exception) -> bool:
-    pyramid_retry = sys.modules.get("pyramid_retry")
-    return pyramid_retry is not None and pyramid_retry.IRetryableError.providedBy(error)
-
-
-def _is_of_driver(error: Exception) -> bool:
-    original = getattr(error, "orig", None) or error  # SQLAlchemy wraps it
-    sqlite3 = sys.modules.get("sqlite3")
-    if sqlite3 is not None and isinstance(original, sqlite3.OperationalError):
-        return str(original).endswith(" is locked")
-    package = type(original).__module__.partition(".")[0]
-    known = _NUMBERS.get(package, ())
-    # MariaDB's own driver has the number in an attribute only.
-    return any(number in known for number in (getattr(original, "errno", None), *original.args[:1]))
-
 
 class TransactionalTask(RequestAwareTask):
     """A task that is one transaction: returns, and it commits; raises, and it aborts.
@@ -240,6 +203,20 @@ class TransactionalTask(RequestAwareTask):
                 raise
 
 
+def _has_committed(error: BaseException) -> bool:
+    """Return whether a run that raises this has committed, as with Celery's ``Ignore``."""
+    return isinstance(error, Ignore) and not isinstance(error, Abandoned)
+
+
+def _is_ended(manager: TransactionManager) -> bool:
+    """Return whether the function has ended the transaction of an explicit manager, and no more."""
+    try:
+        manager.get()
+    except NoTransaction:
+        return True
+    return False
+
+
 def retry_attempts(settings: Mapping[str, Any]) -> int:
     """Return how often a task is run in place: ``retry.attempts``, as of pyramid_retry.
 
@@ -254,14 +231,39 @@ def retry_attempts(settings: Mapping[str, Any]) -> int:
     )
 
 
-def _has_committed(error: BaseException) -> bool:
-    return isinstance(error, Ignore) and not isinstance(error, Abandoned)
+#: Errors by number, by the package of the driver that raises them. Each means "try again".
+_NUMBERS = dict.fromkeys(("pymysql", "MySQLdb", "mysql", "mariadb", "asyncmy"), (1020, 1205, 1213))
 
 
-def _is_ended(manager: TransactionManager) -> bool:
-    """Return whether the function has ended the transaction of an explicit manager, and no more."""
+def is_conflict(manager: TransactionManager, error: BaseException) -> bool:
+    """Return whether the transaction that raised ``error`` may succeed when it is run again.
+
+    :param manager: the transaction's manager. Ask before the abort, which makes the transaction
+        forget its data managers.
+    """
+    if not isinstance(error, Exception):
+        return False
+    return _is_known_to(manager, error) or _is_marked(error) or _is_of_driver(error)
+
+
+def _is_known_to(manager: TransactionManager, error: Exception) -> bool:
     try:
-        manager.get()
+        return bool(manager.get().isRetryableError(error))
     except NoTransaction:
-        return True
-    return False
+        return False
+
+
+def _is_marked(error: Exception) -> bool:
+    pyramid_retry = sys.modules.get("pyramid_retry")
+    return pyramid_retry is not None and pyramid_retry.IRetryableError.providedBy(error)
+
+
+def _is_of_driver(error: Exception) -> bool:
+    original = getattr(error, "orig", None) or error  # SQLAlchemy wraps it
+    sqlite3 = sys.modules.get("sqlite3")
+    if sqlite3 is not None and isinstance(original, sqlite3.OperationalError):
+        return str(original).endswith(" is locked")
+    package = type(original).__module__.partition(".")[0]
+    known = _NUMBERS.get(package, ())
+    # MariaDB's own driver has the number in an attribute only.
+    return any(number in known for number in (getattr(original, "errno", None), *original.args[:1]))

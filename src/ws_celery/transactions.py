@@ -55,7 +55,7 @@ _FOLLOWERS = "ws_celery.followers"
 
 
 class Transactions:
-    """Tells which transaction, if any, a dispatch belongs to: one that somebody will finish.
+    """Finds the transaction, if any, that a dispatch belongs to: one that somebody will finish.
 
     That is one begun explicitly (``begin()``, ``with manager:``, pyramid_tm), never one that
     ``manager.get()`` made in passing; for a request that is ``tm.active``, and in a run of a
@@ -117,7 +117,7 @@ class Transactions:
         """Begin the transaction of a run, by the manager that pyramid_tm would use.
 
         :param request: of the run; it is marked as pyramid_tm marks one, for add-ons that ask.
-        :param claim: is told of what ends before :meth:`release`.
+        :param claim: is notified of what ends before :meth:`release`.
         :return: the manager.
         """
         manager = getattr(request, "tm", None)
@@ -132,7 +132,7 @@ class Transactions:
         return manager
 
     def release(self, request: Request) -> None:
-        """Let the transaction of a run be ended by us; its claim is not told of that."""
+        """Let the transaction of a run be ended by us; its claim is not notified of that."""
         for key in ("tm.active", "tm.manager"):
             request.environ.pop(key, None)
 
@@ -393,7 +393,7 @@ class _Watcher:
         self._request, self._claim = ref(request), claim
 
     def is_active(self) -> bool:
-        """Tell whether the function is at work: who commits or aborts now is not its caller."""
+        """Return whether the function is at work: who commits or aborts now is not its caller."""
         request = None if self._request is None else self._request()
         return request is not None and bool(request.environ.get("tm.active"))
 

@@ -20,7 +20,7 @@ from weakref import WeakSet
 from celery import signals, states
 from celery.app.events import Events as CeleryEvents
 from celery.bootsteps import StartStopStep
-from celery.concurrency import prefork
+from celery.concurrency import prefork, solo
 from celery.events.dispatcher import EventDispatcher as CeleryEventDispatcher
 from celery.exceptions import Retry
 from celery.loaders.app import AppLoader
@@ -329,8 +329,6 @@ def _notify_of_end(task: Task, ended: Mapping[str, Any], runtime: float) -> None
 
 def _runs_tasks_here(pool: BasePool) -> bool:
     """Return whether it is a pool of threads or greenlets."""
-    from celery.concurrency import prefork, solo
-
     return not isinstance(pool, (prefork.TaskPool, solo.TaskPool))
 
 

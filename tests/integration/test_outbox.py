@@ -19,11 +19,11 @@ from tests.notes import dispatch, follow, insert, write
 from tests.waiting import SOON
 
 from ws_celery import RequestAwareTask, immediately, task
+from ws_celery.converters import aware as aware_of
 from ws_celery.eager import received as received_by_worker
 from ws_celery.events import PublishFailed
 from ws_celery.exceptions import Abandoned, SessionError, TableError
 from ws_celery.inspection import health
-from ws_celery.outbox.tables import aware as aware_of
 from ws_celery.testing.captured import run_as_worker
 
 

@@ -90,8 +90,7 @@ def _database_url(request: Request) -> URL:
             "There is no database to dump: the request has no session. Name its attribute by the "
             "setting ws_celery.dbsession."
         )
-    bind = session.get_bind()
-    url: URL = getattr(bind, "engine", bind).url
+    url: URL = session.get_bind().engine.url
     return url
 
 

@@ -230,8 +230,7 @@ def _database(app: PyramidCelery) -> str:
         session = getattr(request, app.session_attribute, None)
         if session is None:
             return "none"
-        bind = session.get_bind()
-        engine = getattr(bind, "engine", bind)
+        engine = session.get_bind().engine
         engine.connect().close()  # not the session's: it would join a transaction
         return str(engine.url)
 

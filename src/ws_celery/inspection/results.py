@@ -16,6 +16,7 @@ from celery.backends.base import DisabledBackend
 from kombu.exceptions import OperationalError
 
 from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.converters import aware
 from ws_celery.events import SKIPPED
 from ws_celery.exceptions import NotFound, NotSupported, Unavailable
 from ws_celery.inspection.messages import Record, Source, time_of
@@ -102,8 +103,7 @@ def zone_of(app: PyramidCelery, session: Session) -> tzinfo:
 
 def in_zone(time: datetime, zone: tzinfo) -> datetime:
     """Return a time as a database keeps it; one without zone is UTC."""
-    aware = time if time.tzinfo else time.replace(tzinfo=timezone.utc)
-    return aware.astimezone(zone).replace(tzinfo=None)
+    return aware(time).astimezone(zone).replace(tzinfo=None)
 
 
 def _unavailable(error: BaseException) -> Unavailable:

@@ -221,7 +221,7 @@ def _obeying(function: Callable[..., Any], rule: OneInstance) -> Any:
 
 
 def _begins(context: Context) -> bool:
-    """Tell whether a run begins: nobody calls the task like a function, and it has no lock yet."""
+    """Return whether a run begins: nobody calls the task like a function, nor has it its lock."""
     return not context.called_directly and getattr(context, "one_instance", None) is None
 
 

@@ -70,9 +70,9 @@ class Holder:
 
     @classmethod
     def described_by(cls, description: str | bytes | None, now: int | None = None) -> Holder | None:
-        """Return the holder that a description tells of, which anybody may have written.
+        """Return the holder of a description, which anybody may have written.
 
-        :param now: the microseconds of the clock that tells ``since`` when.
+        :param now: the microseconds now, by the clock of ``since``.
         """
         with suppress(ValueError, RecursionError):
             fields = json.loads(description or b"null", parse_int=_number)
@@ -88,7 +88,7 @@ class Holder:
         return None
 
 
-#: What a description may tell of a holder.
+#: What a description may say of a holder.
 _TYPES = {
     **dict.fromkeys(("key", "task", "id", "host"), str),
     **dict.fromkeys(("token", "pid", "since"), int),
@@ -189,7 +189,7 @@ class Held:
             self.check()
 
     def description(self) -> dict[str, Any]:
-        """Return what other processes are told of the holder; see :meth:`Holder.described_by`."""
+        """Return what other processes see of the holder; see :meth:`Holder.described_by`."""
         return {"task": self.task, "id": self.id, "host": self.host, "pid": self.pid}
 
     def renewed(self, since: float) -> None:

@@ -89,8 +89,7 @@ class PostgresqlStore(LockStore):
                     f"the request of a task has no SQLAlchemy session as its attribute "
                     f"{app.session_attribute!r} (ws_celery.dbsession)"
                 )
-            bind = session.get_bind()
-        engine = getattr(bind, "engine", bind)
+            engine = session.get_bind().engine
         if engine.dialect.name != "postgresql":
             raise LocksUnavailable(
                 f"the database is {engine.dialect.name}, and only Redis and PostgreSQL keep them"
@@ -260,7 +259,7 @@ def number_of(key: str) -> int:
 
 
 def _describe(held: Held, now: int) -> str:
-    """Return a statement that tells ``pg_stat_activity`` who holds a lock, since ``now``."""
+    """Return a statement by which ``pg_stat_activity`` shows who holds a lock, since ``now``."""
     fields = {"key": held.key, **held.description(), "token": held.token, "since": now}
     short = {k: _cut(each) if isinstance(each, str) else each for k, each in fields.items()}
     description = json.dumps(short, ensure_ascii=False, separators=(",", ":"))

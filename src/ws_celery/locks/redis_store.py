@@ -1,4 +1,4 @@
-"""Locks in Redis: redis-py's ``Lock``, with a value that tells who holds it."""
+"""Locks in Redis: redis-py's ``Lock``, with a value that says who holds it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ("RedisStore",)
 #: give it a fencing token in one step. A second try of a call whose answer got lost finds its own
 #: lock. Tokens follow the clock, so that they grow on when Redis has lost its data, and are greater
 #: than the last one, so that they grow when the clock jumps back.
-#: KEYS: lock, last token. ARGV: what the holder tells of itself, milliseconds.
+#: KEYS: lock, last token. ARGV: what the holder says of itself, milliseconds.
 _ACQUIRE = """
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local time = redis.call('TIME')

@@ -39,7 +39,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import DataError
 
 from ws_celery.compat import values_of_row
-from ws_celery.outbox.tables import aware, seconds_from_now
+from ws_celery.converters import aware
+from ws_celery.outbox.tables import seconds_from_now
 
 __all__ = ("UNREADABLE", "Rows")
 

@@ -101,6 +101,22 @@ class Outbox(Database):
         if self.place is None:
             self.place = place_of(connection, self.table)
 
+    def attempt(
+        self,
+        statement: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T | None:
+        """Run a statement in a transaction of our own, or log why not; the lease repairs it.
+
+        It does not raise: the caller's transaction has ended.
+        """
+        try:
+            return self.execute(statement, *args, **kwargs)
+        except self.errors:
+            log.exception("The outbox could not be written; the relay will look at it later")
+            return None
+
     def set_defaults(self, task: type[Task]) -> None:
         """Let the messages of a class of TransactionalTasks survive the worker that runs them.
 
@@ -265,22 +281,6 @@ class Outbox(Database):
         """Delete the rows of tasks, unless they are running; return how many."""
         return self.attempt(self.rows.delete_tasks, task_ids) or 0
 
-    def attempt(
-        self,
-        statement: Callable[Concatenate[Connection, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T | None:
-        """Run a statement in a transaction of our own, or log why not; the lease repairs it.
-
-        It does not raise: the caller's transaction has ended.
-        """
-        try:
-            return self.execute(statement, *args, **kwargs)
-        except self.errors:
-            log.exception("The outbox could not be written; the relay will look at it later")
-            return None
-
 
 class Journal:
     """Writes what one transaction has dispatched into the outbox, before it commits.
@@ -307,8 +307,7 @@ class Journal:
 
         :param request: the request whose session they are written with.
         :raises ValueError: if ``eta`` or ``expires`` is no time, or a name does not fit the table.
-        :raises SessionError: if it has no session.
-        :raises SessionError: if its session does not commit with the transaction.
+        :raises SessionError: if it has no session, or one that the transaction does not commit.
         """
         kept = self._outbox.admit(publications)
         if not kept:

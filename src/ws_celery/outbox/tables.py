@@ -37,7 +37,6 @@ from zope.interface import implementer
 from zope.sqlalchemy import mark_changed
 
 from ws_celery.compat import resources_of, type_affinity
-from ws_celery.converters import aware
 from ws_celery.exceptions import Part, SessionError, TableError, Unavailable, WsCeleryError
 from ws_celery.interfaces import IDatabase
 from ws_celery.masking import masked_text
@@ -54,7 +53,6 @@ __all__ = (
     "Database",
     "LongText",
     "Time",
-    "aware",
     "join",
     "outbox_table",
     "place_of",
@@ -69,7 +67,6 @@ LONGEST_NAME = 255
 
 #: The type of columns that hold times, in UTC.
 Time = DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
-
 
 #: The type of columns for texts of any length: MariaDB's ``TEXT`` ends at 64 KB.
 LongText = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import transaction
 from celery.app.task import Context
-from kombu.serialization import loads
 from pyramid.interfaces import IRequestFactory
 from pyramid.request import Request
 
@@ -179,10 +178,7 @@ def read(publication: Publication, countdown: float | None) -> CapturedTask:
     :param countdown: of the call, in seconds: the message has an ``eta`` only.
     """
     options, headers = publication.options, publication.options["headers"]
-    content_type = options["content_type"]
-    args, kwargs, _ = loads(
-        publication.payload, content_type, options["content_encoding"], accept={content_type}
-    )
+    args, kwargs = publication.call()
     declared = options.get("declare")
     time_limit, soft_time_limit = headers["timelimit"]
     found = {
