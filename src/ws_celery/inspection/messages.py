@@ -12,6 +12,7 @@ from kombu.serialization import loads as loads_body
 from kombu.serialization import prepare_accept_content
 from kombu.utils.json import loads
 
+from ws_celery.converters import aware
 from ws_celery.exceptions import BrokenRow
 from ws_celery.shown_arguments import shown_arguments
 
@@ -57,7 +58,7 @@ def time_of(value: object) -> datetime | None:
             value = datetime.fromisoformat(value)
     if not isinstance(value, datetime):
         return None
-    return value.astimezone(timezone.utc) if value.tzinfo else value.replace(tzinfo=timezone.utc)
+    return aware(value).astimezone(timezone.utc)
 
 
 @dataclass(frozen=True)
