@@ -17,8 +17,6 @@ from pyramid.threadlocal import RequestContext
 from sqlalchemy import create_engine, event, text
 from tests.notes import dispatch, follow, insert, write
 from tests.waiting import SOON
-from ws_celery.dispatch import Publication
-from ws_celery.testing.running import run_as_worker
 
 from ws_celery import RequestAwareTask, immediately, task
 from ws_celery.eager import received as received_by_worker
@@ -26,6 +24,8 @@ from ws_celery.events import PublishFailed
 from ws_celery.exceptions import Abandoned, SessionError, TableError
 from ws_celery.inspection import health
 from ws_celery.outbox.tables import aware as aware_of
+from ws_celery.recording import Publication
+from ws_celery.testing.captured import run_as_worker
 
 
 @task(name="fail", bind=True)
