@@ -18,13 +18,12 @@ from sqlalchemy import create_engine, event, text
 from tests.notes import dispatch, follow, insert, write
 from tests.waiting import SOON
 
-from ws_celery import RequestAwareTask, immediately, task
+from ws_celery import RequestAwareTask, immediately, publishing, task
+from ws_celery.converters import aware as aware_of
 from ws_celery.eager import received as received_by_worker
 from ws_celery.events import PublishFailed
 from ws_celery.exceptions import Abandoned, SessionError, TableError
 from ws_celery.inspection import health
-from ws_celery.outbox.tables import aware as aware_of
-from ws_celery.recording import Publication
 from ws_celery.testing.captured import run_as_worker
 
 
@@ -354,12 +353,12 @@ def test_a_broker_that_is_down_leaves_rows_that_are_due_at_once(app, monkeypatch
 
 
 def test_what_may_have_been_sent_is_due_at_once_and_not_told_as_lost(app, monkeypatch, caplog):
-    def publish(self, producer, **options):
+    def publish(producer, publication, **options):
         raise OperationalError("gone")
 
     lost = []
     app.registry.registerHandler(lost.append, [PublishFailed])
-    monkeypatch.setattr(Publication, "publish", publish)
+    monkeypatch.setattr(publishing, "publish", publish)
     with transaction.manager:
         write.delay(app.request(), 1)
 
