@@ -41,10 +41,11 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from zope.interface import implementer
 
 from ws_celery.beat.entries import LONGEST_NAME, Known
+from ws_celery.converters import aware
 from ws_celery.exceptions import NotFound, Part
 from ws_celery.interfaces import IScheduleStore
 from ws_celery.masking import logger_of
-from ws_celery.outbox.tables import Database, LongText, Time, aware, seconds_from_now
+from ws_celery.outbox.tables import Database, LongText, Time, seconds_from_now
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
