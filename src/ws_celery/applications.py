@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from threading import RLock, local
 from typing import TYPE_CHECKING, Any
 
-import plaster
 import transaction
 from celery import Celery
 from paste.deploy.loadwsgi import ConfigLoader
@@ -22,6 +21,7 @@ from ws_celery.exceptions import ConfigurationError, NoCurrentApplication
 from ws_celery.interfaces import ICeleryApp
 from ws_celery.request import calling_request, get_celery_app
 from ws_celery.settings import ini_variables
+from ws_celery.settings.reader import loader_of
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
@@ -142,7 +142,7 @@ def load_registry(config_uri: str) -> Registry:
         ``main``.
     :raises ConfigurationError: if its ``[celery...]`` sections are not what the application reads.
     """
-    loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+    loader = loader_of(config_uri)
     variables = ini_variables()
     if variables and isinstance(loader, PasteDeployLoader):
         wsgi_app = _with_variables(loader, variables)

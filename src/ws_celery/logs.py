@@ -8,7 +8,6 @@ from logging.handlers import WatchedFileHandler
 from typing import Any
 
 import click
-import plaster
 from celery import signals
 from click.core import ParameterSource
 
@@ -16,6 +15,7 @@ from ws_celery.compat import get_current_task
 from ws_celery.exceptions import ConfigurationError
 from ws_celery.masking import MASK, SafeRecords
 from ws_celery.settings import ini_variables
+from ws_celery.settings.reader import loader_of
 from ws_celery.shown_arguments import logged_arguments, shown_text
 
 __all__ = (
@@ -81,7 +81,7 @@ def _task_of(record: logging.LogRecord) -> tuple[str, str]:
 
 def has_logging(config_uri: str) -> bool:
     """Return whether an INI file has logging of its own, which Celery does not change."""
-    return "loggers" in plaster.get_loader(config_uri, protocols=["wsgi"]).get_sections()
+    return "loggers" in loader_of(config_uri).get_sections()
 
 
 def set_up_logging(config_uri: str) -> None:
@@ -94,7 +94,7 @@ def set_up_logging(config_uri: str) -> None:
     if not has_logging(config_uri):
         return  # Celery's own logging, with its options
     try:
-        plaster.get_loader(config_uri, protocols=["wsgi"]).setup_logging(ini_variables())
+        loader_of(config_uri).setup_logging(ini_variables())
     except (KeyError, ValueError) as error:
         raise ConfigurationError(
             f"{config_uri}: the logging sections are not complete or not right: {error}. "

@@ -7,7 +7,7 @@ import socket
 import ssl
 import sys
 import textwrap
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from celery.schedules import crontab
@@ -1089,6 +1089,16 @@ def test_mappings_of_python_are_checked_likewise():
                 "broker_url": "memory://",
                 "broker_transport_options": {"visibilty_timeout": 1},
             },
+        )
+
+
+def test_a_time_of_python_that_utc_does_not_have_is_a_fault():
+    last = datetime.max.replace(tzinfo=timezone(timedelta(hours=-2)))
+    entry = {"task": "t", "schedule": 10.0, "starts_at": last}
+
+    with pytest.raises(ConfigurationError, match="is not within the years 1 to 9999 in UTC"):
+        read_configuration(
+            None, overrides={"broker_url": "memory://", "beat_schedule": {"a": entry}}
         )
 
 

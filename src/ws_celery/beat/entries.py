@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import cached_property
 from typing import Any
 
 from celery.schedules import BaseSchedule, maybe_schedule
@@ -159,7 +158,7 @@ class Entry:
     problem: str | None = None
     orphaned: bool = False
 
-    @cached_property
+    @property
     def ticks(self) -> bool:
         """Whether it is sent at its times."""
         return self.enabled and not self.orphaned and self.problem is None

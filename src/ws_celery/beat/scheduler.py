@@ -83,7 +83,7 @@ class DatabaseScheduler(beat.Scheduler):
         self._known: dict[str, Known] = {}
         #: Since when this beat waits for the ticks of an entry.
         self._ready: dict[str, datetime] = {}
-        #: What the store has told of its edits.
+        #: The store's revision when its edits were last read; None: all are to be read.
         self._revision: object = None
         #: By how much the database's clock is ahead of this process's; None if it is not known.
         self._ahead: float | None = None

@@ -16,7 +16,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import click
 import hupper
@@ -73,18 +73,15 @@ class Processes:
 
     :param programs: in the order of their start.
     :param on_ready: called when all are ready.
-    :param output: where their lines go.
     """
 
     def __init__(
         self,
         programs: Sequence[Program],
         on_ready: Callable[[], None] = lambda: None,
-        output: TextIO | None = None,
     ) -> None:
         self._programs = programs
         self._on_ready = on_ready
-        self._output = sys.stdout if output is None else output
         self._width = max(len(program.name) for program in programs)
         self._selector = selectors.DefaultSelector()
         self._running: list[tuple[Program, subprocess.Popen[bytes]]] = []
@@ -158,7 +155,7 @@ class Processes:
                 self._selector.unregister(key.fd)
                 os.close(key.fd)
             for line in key.data.feed(data):
-                click.echo(line, file=self._output)
+                click.echo(line)
 
     def _stop(self) -> None:
         patience = self._interrupts  # before the sentence that invites to another one
@@ -181,7 +178,7 @@ class Processes:
         self._selector.close()
 
     def _say(self, message: str) -> None:
-        click.echo(click.style(message, bold=True), file=self._output)
+        click.secho(message, bold=True)
 
 
 class _Lines:

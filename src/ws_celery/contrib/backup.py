@@ -157,7 +157,7 @@ def libpq_variables(url: URL) -> dict[str, str]:
 
     Not as arguments of a program, which every user of the machine can read.
     """
-    # The dialect knows how its driver is told: several hosts, with ports or without.
+    # The dialect knows what its driver takes: several hosts, with ports or without.
     _, options = url.get_dialect()().create_connect_args(url)
     # Last, because a dialect may have taken them for itself.
     given = {**url.query, **options}

@@ -28,7 +28,8 @@ __all__ = ("Broker", "Depth", "connected")
 #: Seconds that a broker may take to answer.
 _PATIENCE = 5.0
 
-#: Of how many messages in hand it is told which queue they are of: reading them takes time.
+#: How many unacknowledged messages are read, to count them by queue. Of more, which would take
+#: long, the numbers are not known.
 _UNACKED = 20_000
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.beat.sources import entries_of
 from ws_celery.beat.ticks import next_tick
 from ws_celery.exceptions import ConfigurationError, NotIncluded, WsCeleryError
-from ws_celery.inspection.schedule import as_json, look
+from ws_celery.inspection.messages import Record, Source
+from ws_celery.inspection.schedule import look
 from ws_celery.masking import masked_text
 from ws_celery.request import task_request
 
@@ -31,7 +32,7 @@ __all__ = (
 
 
 @dataclass(frozen=True)
-class ScheduleHealth:
+class ScheduleHealth(Record):
     """Whether beats do their work, by what the database says.
 
     :param last_tick: when the last task of all entries was sent.
@@ -54,10 +55,10 @@ class ScheduleHealth:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return as_json({**asdict(self), "is_healthy": self.is_healthy})
+        return {**super().as_dict(), "is_healthy": self.is_healthy}
 
 
-def schedule_health(source: object, late: timedelta = timedelta(minutes=1)) -> ScheduleHealth:
+def schedule_health(source: Source, late: timedelta = timedelta(minutes=1)) -> ScheduleHealth:
     """Look whether beats send the ticks of the schedule in time.
 
     :param late: by how much a tick may be late.
@@ -91,7 +92,7 @@ def _is_late(entry: Entry, known: Mapping[str, Known], since: datetime) -> bool:
 
 
 @dataclass(frozen=True)
-class HealthOfPart:
+class HealthOfPart(Record):
     """Whether one part is alive.
 
     :param name: ``broker``, ``worker``, ``database``, ``relay`` or ``beat``.
@@ -105,17 +106,13 @@ class HealthOfPart:
     detail: str
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
-        return asdict(self)
-
 
 class _NotHealthy(WsCeleryError):
     """Why a part is not; its text is the detail."""
 
 
 def health(  # noqa: PLR0913 - a probe says all of it in one line
-    source: object,
+    source: Source,
     *,
     parts: Sequence[str] = (),
     workers: Sequence[str] = (),

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ws_celery.app import PyramidCelery, get_celery_app
+from ws_celery.app import get_celery_app
 from ws_celery.exceptions import NotFound
+from ws_celery.inspection.messages import Source
 from ws_celery.locks import Holder
-
-if TYPE_CHECKING:
-    from pyramid.registry import Registry
-    from pyramid.request import Request
 
 __all__ = ("Holder", "free_lock", "lock_holder", "lock_holders")
 
 
-def lock_holders(source: Registry | Request | PyramidCelery) -> list[Holder]:
+def lock_holders(source: Source) -> list[Holder]:
     """Return who holds locks of ``@one_instance``, in the order of their keys.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
@@ -25,7 +20,7 @@ def lock_holders(source: Registry | Request | PyramidCelery) -> list[Holder]:
     return get_celery_app(source).locks.store.holders()
 
 
-def lock_holder(source: Registry | Request | PyramidCelery, key: str) -> Holder:
+def lock_holder(source: Source, key: str) -> Holder:
     """Return who holds the lock of a key.
 
     :raises NotFound: if nobody does.
@@ -37,7 +32,7 @@ def lock_holder(source: Registry | Request | PyramidCelery, key: str) -> Holder:
     return holder
 
 
-def free_lock(source: Registry | Request | PyramidCelery, holder: Holder) -> None:
+def free_lock(source: Source, holder: Holder) -> None:
     """Take a lock away from this holder: another run with its key may begin, though he goes on.
 
     :param holder: what :func:`lock_holder` has returned; another one keeps the lock.

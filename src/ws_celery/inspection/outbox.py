@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
-
-from pyramid.registry import Registry
-from pyramid.request import Request
 
 from ws_celery.app import PyramidCelery, get_celery_app
 from ws_celery.exceptions import BrokenRow, NotFound, NotIncluded
-from ws_celery.inspection.messages import body_of, time_of
+from ws_celery.inspection.messages import Record, Source, body_of, time_of
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_text
 
@@ -41,12 +38,9 @@ __all__ = (
 _BATCH = 500
 _TIMES = ("created_at", "eta", "expires", "due_at", "died_at")
 
-#: What tells which application is meant.
-Source: TypeAlias = Registry | Request | PyramidCelery
-
 
 @dataclass(frozen=True)
-class OutboxRow:
+class OutboxRow(Record):
     """A dispatch that has not taken effect yet, or a dead letter.
 
     :param id: of the row.
@@ -85,8 +79,9 @@ class OutboxRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them, without the arguments."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {key: _as_json(value) for key, value in fields.items() if key != "arguments"}
+        fields = super().as_dict()
+        del fields["arguments"]
+        return {**fields, "id": str(self.id)}
 
 
 @dataclass(frozen=True)
@@ -271,9 +266,3 @@ def _call(app: PyramidCelery, publication: Publication) -> tuple[Any, Any] | Non
     except Exception:  # noqa: BLE001  whatever was written there; it is shown, not run
         return None
     return args, kwargs
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.astimezone(timezone.utc).isoformat()
-    return str(value) if isinstance(value, UUID) else value

@@ -141,7 +141,7 @@ def purge_queue(source: Source, name: str, progress: Progress | None = None) -> 
 
     With the outbox, the rows of these messages go as well; what waits there for its eta stays.
 
-    :param progress: is told how many messages each step has taken.
+    :param progress: is called with how many messages each step has taken.
     :raises NotFound: if there is none of this name.
     :raises Unavailable: if the rows cannot be deleted.
     """

@@ -33,10 +33,8 @@ __all__ = (
     "answering",
     "backend_of",
     "forget_results",
-    "in_zone",
     "result_of",
     "stored_results",
-    "zone_of",
 )
 
 #: The errors of backends, by the module that defines them.
@@ -83,7 +81,7 @@ def _connect_once(app: PyramidCelery) -> None:
         probe.session_manager.get_engine(probe.url, **probe.engine_options).connect().close()
 
 
-def zone_of(app: PyramidCelery, session: Session) -> tzinfo:
+def _zone_of(app: PyramidCelery, session: Session) -> tzinfo:
     """Return the zone that the times of results are in, which the database keeps without one.
 
     Celery writes the time in the zone of the application; a PostgreSQL puts it into that of the
@@ -101,7 +99,7 @@ def zone_of(app: PyramidCelery, session: Session) -> tzinfo:
         return timezone(timedelta(seconds=connection.exec_driver_sql(query).scalar_one()))
 
 
-def in_zone(time: datetime, zone: tzinfo) -> datetime:
+def _in_zone(time: datetime, zone: tzinfo) -> datetime:
     """Return a time as a database keeps it; one without zone is UTC."""
     return aware(time).astimezone(zone).replace(tzinfo=None)
 
@@ -175,12 +173,12 @@ def stored_results(
         raise NotSupported("list results", "without result_extended")
     since, until = between
     with _database(backend) as session:
-        zone = zone_of(app, session)
+        zone = _zone_of(app, session)
         conditions = [
             *([columns.status == state.upper()] if state else []),
             *([columns.name == task] if task else []),
-            *([columns.date_done >= in_zone(since, zone)] if since else []),
-            *([columns.date_done < in_zone(until, zone)] if until else []),
+            *([columns.date_done >= _in_zone(since, zone)] if since else []),
+            *([columns.date_done < _in_zone(until, zone)] if until else []),
         ]
         # What has not ended comes last, as MariaDB can say it, too.
         order = columns.date_done.is_(None), columns.date_done.desc()
@@ -201,7 +199,7 @@ def result_of(source: Source, task_id: str) -> Result:
     if not hasattr(backend, "ResultSession"):
         return _result(app, found)
     with _database(backend) as session:
-        zone = zone_of(app, session)
+        zone = _zone_of(app, session)
     return _result(app, found, zone)
 
 

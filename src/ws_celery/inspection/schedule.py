@@ -17,13 +17,13 @@ from ws_celery.beat.entries import FIELDS, Entry, Known
 from ws_celery.beat.sources import entries_of, entry_of, fields_by_source
 from ws_celery.beat.ticks import ticks_between
 from ws_celery.exceptions import NotFound, NotIncluded
+from ws_celery.inspection.messages import Record, Source
 from ws_celery.masking import masked_text
 from ws_celery.shown_arguments import shown_arguments, shown_value
 
 __all__ = (
     "ComingTick",
     "ScheduleEntry",
-    "as_json",
     "coming_ticks",
     "create_schedule",
     "look",
@@ -35,7 +35,7 @@ _FOREVER = datetime.max.replace(tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
-class ScheduleEntry:
+class ScheduleEntry(Record):
     """An entry of the schedule, and where it stands.
 
     :param name: its name.
@@ -79,11 +79,11 @@ class ScheduleEntry:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entry as JSON has it."""
-        return as_json({**asdict(self), "edited": self.edited})
+        return _as_json({**asdict(self), "edited": self.edited})
 
 
 @dataclass(frozen=True)
-class ComingTick:
+class ComingTick(Record):
     """A tick to come.
 
     :param time: when, in UTC.
@@ -95,12 +95,8 @@ class ComingTick:
     name: str
     task: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the tick as JSON has it."""
-        return as_json(asdict(self))
 
-
-def create_schedule(source: object) -> bool:
+def create_schedule(source: Source) -> bool:
     """Create the table of the schedule if it is missing.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
@@ -115,14 +111,14 @@ def create_schedule(source: object) -> bool:
     return bool(app.schedule.create_table())
 
 
-def schedule_entries(source: object) -> list[ScheduleEntry]:
+def schedule_entries(source: Source) -> list[ScheduleEntry]:
     """Return all entries by name: also those that are off, set aside or orphaned."""
     app, known, now = look(source)
     entries, sources = entries_of(app, known), fields_by_source(app)
     return [_shown(app, entries[name], known.get(name), now, sources) for name in sorted(entries)]
 
 
-def schedule_entry(source: object, name: str) -> ScheduleEntry:
+def schedule_entry(source: Source, name: str) -> ScheduleEntry:
     """Return one entry.
 
     :raises NotFound: if there is none of this name.
@@ -135,7 +131,7 @@ def schedule_entry(source: object, name: str) -> ScheduleEntry:
 
 
 def coming_ticks(
-    source: object, within: timedelta, names: Iterable[str] = (), limit: int | None = 1000
+    source: Source, within: timedelta, names: Iterable[str] = (), limit: int | None = 1000
 ) -> list[ComingTick]:
     """Return the ticks to come, the earliest first.
 
@@ -165,7 +161,7 @@ def _coming(
             yield ComingTick(time, entry.name, entry.task)
 
 
-def look(source: object) -> tuple[PyramidCelery, dict[str, Known], datetime]:
+def look(source: Source) -> tuple[PyramidCelery, dict[str, Known], datetime]:
     """Return the app, what the database knows of its schedule, and the time by its clock."""
     app = get_celery_app(source)
     if app.schedule is None:
@@ -221,7 +217,7 @@ def _overridden(
     for source, entries in sources.items():
         for name, value in _masked(app, entry.task, entries.get(entry.name, {})).items():
             if entry.origins.get(name) != source:
-                found.setdefault(name, {})[source] = as_json(value)
+                found.setdefault(name, {})[source] = _as_json(value)
     return found
 
 
@@ -237,12 +233,12 @@ def _masked(app: PyramidCelery, task: str, fields: Mapping[str, Any]) -> dict[st
     return shown
 
 
-def as_json(value: object) -> Any:
+def _as_json(value: object) -> Any:
     """Return a value as JSON has it, times in UTC."""
     if isinstance(value, Mapping):
-        return {key: as_json(inner) for key, inner in value.items()}
+        return {key: _as_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_json(inner) for inner in value]
+        return [_as_json(inner) for inner in value]
     if isinstance(value, datetime):
         return value.astimezone(timezone.utc).isoformat()
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -26,6 +26,7 @@ from ws_celery.beat.sources import entries_of, entry_of
 from ws_celery.beat.ticks import next_tick
 from ws_celery.converters import Refused
 from ws_celery.exceptions import EntryRefused, NotFound, NotIncluded
+from ws_celery.inspection.messages import Source
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -49,7 +50,7 @@ __all__ = (
 _WHERE = {"code": "the application's code", "ini": "the INI file", "database": "the database"}
 
 
-def add_schedule_entry(source: object, name: str, fields: Mapping[str, Any]) -> None:
+def add_schedule_entry(source: Source, name: str, fields: Mapping[str, Any]) -> None:
     """Add an entry to the schedule.
 
     :param source: a registry, or what has one: a request, a Celery app. So it is for all of these
@@ -71,7 +72,7 @@ def add_schedule_entry(source: object, name: str, fields: Mapping[str, Any]) -> 
 
 
 def edit_schedule_entry(
-    source: object, name: str, fields: Mapping[str, Any], reset: Iterable[str] = ()
+    source: Source, name: str, fields: Mapping[str, Any], reset: Iterable[str] = ()
 ) -> None:
     """Change fields of an entry, wherever it comes from.
 
@@ -86,7 +87,7 @@ def edit_schedule_entry(
         edit.save(name, {**dict.fromkeys(_whole_reset(name, reset)), **given})
 
 
-def enable_schedule_entry(source: object, name: str) -> None:
+def enable_schedule_entry(source: Source, name: str) -> None:
     """Switch an entry on; what it has missed meanwhile is not caught up with."""
     with _editing(source) as edit:
         _refuse_unfit(edit.find(name))
@@ -96,7 +97,7 @@ def enable_schedule_entry(source: object, name: str) -> None:
         edit.save(name, {"enabled": None if is_on_without else True})
 
 
-def disable_schedule_entry(source: object, name: str) -> None:
+def disable_schedule_entry(source: Source, name: str) -> None:
     """Switch an entry off: it has no ticks until it is switched on.
 
     :raises EntryRefused: if what the database says of it cannot be read: it would be lost.
@@ -115,7 +116,7 @@ def disable_schedule_entry(source: object, name: str) -> None:
         edit.store.save(name, origin=origin, connection=edit.connection, enabled=False)
 
 
-def remove_schedule_entry(source: object, name: str) -> None:
+def remove_schedule_entry(source: Source, name: str) -> None:
     """Delete an entry of the database, or what was edited of another one.
 
     :raises EntryRefused: if there is nothing of it in the database.
@@ -134,7 +135,7 @@ def remove_schedule_entry(source: object, name: str) -> None:
             edit.store.restart(name, known.origin, edit.connection)
 
 
-def run_schedule_entry(source: object, name: str) -> None:
+def run_schedule_entry(source: Source, name: str) -> None:
     """Let a beat send an entry now, once, whatever its schedule says.
 
     :raises EntryRefused: if beat cannot send it.
@@ -212,7 +213,7 @@ class _EntryIsOver(EntryRefused):
 
 
 @contextmanager
-def _editing(source: object) -> Iterator[_Editing]:
+def _editing(source: Source) -> Iterator[_Editing]:
     """Open a transaction in which entries are edited, and commit it at the end.
 
     :raises NotIncluded: if the application keeps no schedule in its database.
@@ -287,7 +288,7 @@ class Imported:
     over: list[str] = field(default_factory=list)
 
 
-def export_schedule(source: object, *, everything: bool = False) -> dict[str, dict[str, Any]]:
+def export_schedule(source: Source, *, everything: bool = False) -> dict[str, dict[str, Any]]:
     """Return entries by name, as :func:`import_schedule` takes them; secrets are not masked.
 
     What is orphaned or set aside could not be imported, and is left out.
@@ -301,14 +302,14 @@ def export_schedule(source: object, *, everything: bool = False) -> dict[str, di
     return {name: each for name, each in fields.items() if _is_exported(entries[name], each)}
 
 
-def unexported_entries(source: object, *, everything: bool = False) -> list[str]:
+def unexported_entries(source: Source, *, everything: bool = False) -> list[str]:
     """Return the names of what :func:`export_schedule` leaves out."""
     fields, entries = _fields(source, everything=everything)
     return [name for name, each in fields.items() if not _is_exported(entries[name], each)]
 
 
 def _fields(
-    source: object, *, everything: bool
+    source: Source, *, everything: bool
 ) -> tuple[dict[str, dict[str, Any]], Mapping[str, Entry]]:
     """Return the fields of the entries that are asked for, and all entries."""
     app = get_celery_app(source)
@@ -337,7 +338,7 @@ def _is_exported(entry: Entry, fields: Mapping[str, Any]) -> bool:
 
 
 def import_schedule(
-    source: object, entries: Mapping[str, Mapping[str, Any]], *, replace: bool
+    source: Source, entries: Mapping[str, Mapping[str, Any]], *, replace: bool
 ) -> Imported:
     """Let the database say of entries what :func:`export_schedule` has returned: all, or nothing.
 

@@ -278,14 +278,14 @@ def revoke_tasks(
     :param signal: the name of the signal that does.
     :param timeout: seconds to wait for answers of workers.
     :raises Unavailable: if none answers, and not all of the tasks had rows in the outbox.
-    :raises Unavailable: before workers are told, if the database does not answer.
+    :raises Unavailable: before workers are asked, if the database does not answer.
     :raises BrokerUnavailable: if the broker does not answer.
     """
     app, ids = get_celery_app(source), list(ids)
     settled = _settled(app, ids)
     arguments = {"task_id": ids, "terminate": terminate, "signal": signal}
     with connected(app) as broker:
-        # Not `control.revoke()`, which settles rows as well, and does not tell how many.
+        # Not `control.revoke()`, which settles rows as well, and does not return how many.
         answers = app.control.broadcast(
             "revoke",
             arguments=arguments,

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime
 from difflib import get_close_matches
 from functools import cache, partial
 from typing import Any
@@ -20,7 +20,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pyramid.settings import falsey, truthy
 
-from ws_celery.converters import Refused, json_value, moment, nearest, period, untyped
+from ws_celery.converters import Refused, json_value, moment, nearest, period, untyped, utc
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def instant(value: str | datetime) -> datetime:
     time = moment(value) if isinstance(value, str) else value
     if time.utcoffset() is None:
         raise Refused("has no offset from UTC", f"{time.isoformat()}+00:00")
-    return time.astimezone(timezone.utc)
+    return utc(time)
 
 
 # --- Texts and lists -----------------------------------------------------------------------

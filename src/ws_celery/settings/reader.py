@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from configparser import BasicInterpolation, InterpolationError, RawConfigParser
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -381,7 +382,7 @@ def read_layers(
     :return: the layers, the nearest first, and what is wrong.
     """
     try:
-        loader = plaster.get_loader(config_uri, protocols=["wsgi"])
+        loader = loader_of(config_uri)
     except (plaster.PlasterError, ValueError) as error:
         problem = f"cannot be loaded ({str(error).strip()})"
         return [], Faults([Fault(problem, config_uri, expected="an INI file")])
@@ -390,6 +391,24 @@ def read_layers(
     reader = _Reader({**loader.uri.options, **(variables or {})})
     reader.read(loader.uri.path, {})
     return reader.layers, reader.faults
+
+
+def loader_of(config_uri: str) -> plaster.ILoader:
+    """Return what loads a file: its sections, its logging and its application.
+
+    :raises plaster.PlasterError: if nothing that is installed can, or several do.
+    """
+    uri = plaster.parse_uri(config_uri)
+    loaders = _loaders(uri.scheme)
+    if len(loaders) != 1:
+        return plaster.get_loader(config_uri, protocols=["wsgi"])  # it says what is wrong
+    return loaders[0].load(uri)
+
+
+@cache
+def _loaders(scheme: str) -> list[plaster.ILoaderInfo]:
+    # Kept, because plaster reads what all installed distributions say of themselves.
+    return plaster.find_loaders(scheme, protocols=["wsgi"])
 
 
 def _from_plaster(

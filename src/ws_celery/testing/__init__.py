@@ -35,7 +35,8 @@ def capture(source: Any = None, environ: Mapping[str, Any] | None = None) -> Cap
     What the current transaction has recorded already is there, too.
 
     :param source: a transaction manager, a request, a registry or what has one (a Pyramid
-        application). It tells the application, if more than one is loaded, and the transaction.
+        application). It says which application is meant, if more than one is loaded, and which
+        transaction.
     :param environ: what the requests of the tasks find in their environ, such as the
         ``extra_environ`` of a ``TestApp``: so they share the database session of the test. Its
         ``tm.manager`` is replaced, because each run has a transaction of its own.
