@@ -713,7 +713,7 @@ def test_a_beat_notes_that_it_has_looked_at_an_entry_long_before_its_first_tick(
 
 
 def test_a_result_that_never_comes_is_not_waited_for_for_ever():
-    from ws_celery.beat.ticks import is_unfinished
+    from ws_celery.beat.claims import is_unfinished
 
     now = datetime(2027, 1, 31, tzinfo=timezone.utc)
 
