@@ -169,7 +169,7 @@ def test_edits_are_seen_while_beat_runs(make, beat_of):
     wait_for(lambda: ticks_of(app, "e"))
     app.schedule.save("added", **EVERY_SECOND)
     wait_for(lambda: ticks_of(app, "added"))
-    app.schedule.disable("e")
+    app.schedule.save("e", enabled=False)
     app.schedule.remove("added")
     wait_for(lambda: not len(scheduler._agenda))
 
