@@ -156,6 +156,8 @@ MUTANTS = (
     # After the commit
     Mutant("publishing.py", "        self._down_until = monotonic() + self.timeout\n", "", FLUSH),
     Mutant("publishing.py", "if self.spool.waiting or self.spool.in_hand:", "if False:", f"{FLUSH} overtakes"),
+    Mutant("publishing.py", "if self.spool.waiting or self.spool.in_hand:", "if self.spool.waiting:", f"{FLUSH} overtakes"),
+    Mutant("publishing.py", "if any(publication.anonymous for publication in sent):", "if False:", f"{OUTBOX} another_program"),
     Mutant("spool.py", "others = [each for each in publications[attempt.begun :]", "others = [each for each in publications[attempt.sent :]", f"{SPOOL} refused or frozen or still"),
     Mutant("spool.py", "doubtful if not each.row_id]", "doubtful]", f"{OUTBOX} may_have_been_sent"),
     Mutant("publishing.py", "if start and monotonic() > deadline", "if monotonic() > deadline", f"{SPOOL} time_is_over"),
@@ -177,6 +179,7 @@ MUTANTS = (
     Mutant("transactional.py", "        if _is_ended(run.manager):\n            self._begin_again(run, request)\n", "", f"{OWN} end_its_transaction"),
     Mutant("transactional.py", " and not isinstance(error, Abandoned)", "", f"{CLAIMS} without_effect"),
     Mutant("tasks.py", "headers.pop(ROW_HEADER, None)", "pass", f"{CLAIMS} of_its_own and sqlite"),
+    Mutant("tasks.py", "transaction.abort()  # what", "pass  # what", f"{RUNS} left"),
     Mutant("transactions.py", "            transaction.abort()\n", "            pass\n", f"{RUNS} left"),
     # Beat
     Mutant("beat/claims.py", "                if name in entries  # a", "                #  a", f"{BEAT} case"),

@@ -195,11 +195,14 @@ def test_arguments_that_the_settings_hide_are_not_logged(make_app, fail, caplog)
     assert "hunter" not in caplog.text
 
 
-def test_nothing_overtakes_what_is_spooled(app, events, monkeypatch):
+@pytest.mark.parametrize("is_in_hand", [False, True], ids=["waiting", "in hand"])
+def test_nothing_overtakes_what_is_spooled(app, events, monkeypatch, is_in_hand):
     released = threading.Event()
     monkeypatch.setattr(Spool, "_run", lambda _: released.wait(SOON))
     spool = app.celery.publisher.spool
     spool.keep([Publication("{}", {"headers": {"task": "add", "id": "earlier"}})])
+    if is_in_hand:
+        spool._take(0)  # as the thread does before it sends
     with transaction.manager:
         later = add.delay(2)
 

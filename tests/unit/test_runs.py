@@ -781,6 +781,20 @@ def test_a_task_in_a_worker_uses_the_manager_of_the_thread_though_it_was_in_use(
     assert as_worker(app.celery.tasks["task"]) is True
 
 
+def test_a_task_in_a_worker_uses_the_manager_of_the_thread_though_others_left_it_in_a_transaction(
+    make_app, as_worker
+):
+    @task(name="task")
+    def look(request):
+        return request.tm is transaction.manager
+
+    app = make_app(look)
+    as_worker(app.celery.tasks["task"])
+    transaction.begin()
+
+    assert as_worker(app.celery.tasks["task"]) is True
+
+
 # Eager execution inside a transaction
 
 
