@@ -10,12 +10,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
-import plaster.loaders
 import pytest
 import transaction
 from hypothesis import HealthCheck
@@ -199,30 +197,14 @@ def _delete_queue(app: PyramidCelery) -> None:
         connection.default_channel.exchange_delete(app.conf.task_default_exchange)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _loaders_are_looked_up_once() -> Iterator[None]:
-    # plaster reads the metadata of all installed distributions for each application: 50 ms.
-    find_loaders = cache(plaster.loaders.find_loaders)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            plaster.loaders,
-            "find_loaders",
-            lambda scheme, protocols=None: find_loaders(scheme, protocols and tuple(protocols)),
-        )
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
     registries = list(global_registries)
     depth = len(threadlocals.stack)
     filters = {handler: handler.filters[:] for handler in logging.getLogger().handlers}
-    with pytest.MonkeyPatch.context() as patch:  # commands tell their children by the environment
-        for variable in (INI_VARIABLE, INI_VARIABLES):
-            patch.delenv(variable, raising=False)
-        yield
-        for variable in (INI_VARIABLE, INI_VARIABLES):
-            patch.delenv(variable, raising=False)
+    for variable in (INI_VARIABLE, INI_VARIABLES):  # by which a command tells its children
+        os.environ.pop(variable, None)
+    yield
     for handler, before in filters.items():  # those of pytest, which commands take for the user's
         handler.filters[:] = before
     transaction.abort()
