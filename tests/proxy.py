@@ -64,8 +64,7 @@ class Proxy:
     def reset(self) -> None:
         """Close all connections; what they have in hand is lost."""
         for each in list(self._sockets):
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+            _shut(each)
 
     def close(self) -> None:
         """End: close all connections, and take no more."""
@@ -83,23 +82,18 @@ class Proxy:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        self._open.wait()
-        if self._refusing:
-            client.close()
-            return
-        try:
-            server = self._connect()
-        except OSError:
-            client.close()
-            return
-        ends = (client, server)
-        self._sockets.update(ends)
-        ways = [self._way(client, server), self._way(server, client)]
-        for thread in ways:
-            thread.join()
-        self._sockets.difference_update(ends)
-        for end in ends:
-            end.close()
+        with client:
+            self._sockets.add(client)
+            self._open.wait()
+            if not self._refusing:
+                with suppress(OSError), self._connect() as server:
+                    self._sockets.add(server)
+                    for way in (self._way(client, server), self._way(server, client)):
+                        way.join()
+                    self._sockets.discard(server)
+                    _shut(server)
+            self._sockets.discard(client)
+            _shut(client)
 
     def _way(self, source: socket.socket, sink: socket.socket) -> threading.Thread:
         """Start one way of a connection; return the thread that ends with it."""
@@ -131,6 +125,11 @@ class Proxy:
                     sink.shutdown(socket.SHUT_WR)
                     return
                 sink.sendall(data)
+
+
+def _shut(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)  # closing alone would not wake its reader
 
 
 @contextmanager
