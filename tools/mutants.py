@@ -179,7 +179,7 @@ MUTANTS = (
     Mutant("transactional.py", "        if _is_ended(run.manager):\n            self._begin_again(run, request)\n", "", f"{OWN} end_its_transaction"),
     Mutant("transactional.py", " and not isinstance(error, Abandoned)", "", f"{CLAIMS} without_effect"),
     Mutant("tasks.py", "headers.pop(ROW_HEADER, None)", "pass", f"{CLAIMS} of_its_own and sqlite"),
-    Mutant("tasks.py", "transaction.abort()  # what", "pass  # what", f"{RUNS} left"),
+    Mutant("tasks.py", "self.app.transactions.abort_leftovers(begun=True)", "pass", f"{RUNS} left"),
     Mutant("transactions.py", "            transaction.abort()\n", "            pass\n", f"{RUNS} left"),
     # Beat
     Mutant("beat/claims.py", "                if name in entries  # a", "                #  a", f"{BEAT} case"),

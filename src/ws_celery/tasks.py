@@ -159,9 +159,10 @@ class RequestAwareTask(Task):
 
     def _run_as_task(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run; with the outbox, what follows takes the place of the run's row."""
-        self.app.transactions.watch(transaction.manager, begun=False)
-        if not self.request.is_eager:
-            transaction.abort()  # what something else in this thread has opened and not finished
+        if self.request.is_eager:
+            self.app.transactions.watch(transaction.manager, begun=False)
+        else:
+            self.app.transactions.abort_leftovers(begun=True)
         outbox = self.app.outbox
         unclaimed = run.unclaimed = outbox and outbox.runs.unclaimed(self)
         if unclaimed is not None:
