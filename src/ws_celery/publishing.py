@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.utils.time import maybe_iso8601
 from kombu import Connection, Producer
 from kombu.exceptions import OperationalError
+from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE as BITS
 
+from ws_celery.converters import aware
 from ws_celery.events import TasksPublished, notify
 from ws_celery.exceptions import BrokerUnavailable
-from ws_celery.recording import (
-    DELAYING_EXCHANGE,
-    OUTBOX_HEADER,
-    ROW_HEADER,
-    Publication,
-    delay_anew,
-)
+from ws_celery.recording import OUTBOX_HEADER, ROW_HEADER, Publication
 from ws_celery.settings import our_setting
 from ws_celery.spool import Spool
 
@@ -36,8 +35,10 @@ __all__ = (
     "Attempt",
     "PartlyRefused",
     "Publisher",
+    "bare_key",
     "batch",
     "connect",
+    "delay_anew",
     "lighten",
     "publish",
 )
@@ -259,13 +260,37 @@ def publish(producer: Producer, publication: Publication, **overrides: Any) -> N
     :param overrides: options of the publish that take the place of its own.
     """
     options = {**publication.options, **overrides}
-    exchange = options.get("exchange")
-    if getattr(exchange, "name", exchange) == DELAYING_EXCHANGE:
-        delay_anew(options)
+    delay_anew(options)
     if publication.row_id is not None and not publication.anonymous:
         row = {ROW_HEADER: str(publication.row_id), OUTBOX_HEADER: publication.outbox}
         options["headers"] = {**options["headers"], **row}
     producer.publish(publication.payload, **options)
+
+
+#: The exchange that messages with a delay go to, on RabbitMQ.
+_DELAYING_EXCHANGE = f"celery_delayed_{BITS - 1}"
+
+_DELAY = re.compile(rf"(?:[01]\.){{{BITS}}}")
+
+
+def bare_key(routing_key: str) -> str:
+    """Return a routing key without the delay that it may have."""
+    return _DELAY.sub("", routing_key, count=1)
+
+
+def delay_anew(options: dict[str, Any]) -> None:
+    """Let a message that RabbitMQ delays wait for what is left until its ``eta``.
+
+    :param options: of the publish; what has no delay stays as it is.
+    """
+    exchange, key = options.get("exchange"), options.get("routing_key")
+    eta = (options.get("headers") or {}).get("eta")
+    if getattr(exchange, "name", exchange) != _DELAYING_EXCHANGE or not (key and eta):
+        return
+    left = aware(maybe_iso8601(eta)) - datetime.now(timezone.utc)
+    # With no delay at all it passes through all levels to its queue.
+    delay = f"{max(int(left.total_seconds()), 0):0{BITS}b}"
+    options["routing_key"] = ".".join((*delay, bare_key(key)))
 
 
 def batch(producer: Producer, publications: Sequence[Publication]) -> AbstractContextManager[Any]:

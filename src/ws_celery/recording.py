@@ -8,27 +8,22 @@ be sent, or would be read as something else, is refused at the call.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from amqp.serialization import dumps as dumps_amqp
 from celery.backends.base import Backend
-from celery.utils.time import maybe_iso8601
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.compression import get_encoder
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps, loads
-from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE as BITS
 from kombu.utils import json
 from pyramid.request import Request
 
-from ws_celery.converters import aware
 from ws_celery.exceptions import ArgumentNotSerializable, OptionNotSendable
 from ws_celery.request import Args, Kwargs
 
@@ -38,14 +33,11 @@ if TYPE_CHECKING:
     from ws_celery.outbox.store import Journal
 
 __all__ = (
-    "DELAYING_EXCHANGE",
     "OUTBOX_HEADER",
     "ROW_HEADER",
     "Publication",
     "RecordingProducer",
-    "bare_key",
     "blame_argument",
-    "delay_anew",
     "freeze_envelope",
     "holding",
     "immediate",
@@ -383,29 +375,3 @@ def _advice(value: object) -> str:
             "a new one has its key after session.flush()"
         )
     return f"it has a {kind}. Pass numbers, texts, lists and dictionaries"
-
-
-#: The exchange that messages with a delay go to, on RabbitMQ.
-DELAYING_EXCHANGE = f"celery_delayed_{BITS - 1}"
-
-_DELAY = re.compile(rf"(?:[01]\.){{{BITS}}}")
-
-
-def bare_key(routing_key: str) -> str:
-    """Return a routing key without the delay that it may have."""
-    return _DELAY.sub("", routing_key, count=1)
-
-
-def delay_anew(options: dict[str, Any]) -> None:
-    """Let a message that RabbitMQ delays wait for what is left until its ``eta``.
-
-    :param options: of the publish; what has no delay stays as it is.
-    """
-    exchange, key = options.get("exchange"), options.get("routing_key")
-    eta = (options.get("headers") or {}).get("eta")
-    if getattr(exchange, "name", exchange) != DELAYING_EXCHANGE or not (key and eta):
-        return
-    left = aware(maybe_iso8601(eta)) - datetime.now(timezone.utc)
-    # With no delay at all it passes through all levels to its queue.
-    delay = f"{max(int(left.total_seconds()), 0):0{BITS}b}"
-    options["routing_key"] = ".".join((*delay, bare_key(key)))

@@ -14,7 +14,7 @@ from sqlalchemy import update
 from tests.notes import dispatch, write
 from tests.waiting import SOON, wait_for
 
-from ws_celery.recording import bare_key, delay_anew
+from ws_celery.publishing import bare_key, delay_anew
 
 QUORUM = "task_default_queue_type = quorum\ntask_default_exchange_type = topic\n"
 

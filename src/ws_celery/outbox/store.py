@@ -25,7 +25,8 @@ from ws_celery.outbox.rows import Rows
 from ws_celery.outbox.runs import Runs, row_id_in
 from ws_celery.outbox.tables import LONGEST_NAME, Database, join, outbox_table, place_of
 from ws_celery.outbox.worker import Reader, Reception, Settlement
-from ws_celery.recording import Publication, bare_key
+from ws_celery.publishing import bare_key
+from ws_celery.recording import Publication
 from ws_celery.worker import Request as WorkerRequest
 
 if TYPE_CHECKING:
