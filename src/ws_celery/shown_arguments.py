@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from celery.utils.saferepr import saferepr
 
 from ws_celery.masking import MASK, is_secret, masked, masked_text
 from ws_celery.settings import our_setting
+from ws_celery.signatures import positional_names
 
 if TYPE_CHECKING:
     from ws_celery.app import PyramidCelery
@@ -92,10 +92,7 @@ def _parameters(app: PyramidCelery, task: str | None) -> Sequence[str]:
         return ()
     names: Sequence[str] | None = vars(found).get("ws_celery_parameters")
     if names is None:  # it is asked for at each call
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(found.__header__).parameters.values()
-        names = [parameter.name for parameter in parameters if parameter.kind in kinds]
-        found.ws_celery_parameters = names
+        names = found.ws_celery_parameters = positional_names(found.__header__)
     return names
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from celery import Task
 from celery.utils.functional import head_from_fun
 
-__all__ = ("hide_request", "without_request")
+__all__ = ("hide_request", "positional_names", "without_request")
 
 if sys.version_info >= (3, 14):
     from annotationlib import Format
@@ -81,6 +81,12 @@ def without_request(
         name: value for name, value in annotations.items() if value is not seen.empty
     }
     return call
+
+
+def positional_names(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters that take positional arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL]
 
 
 def _without(signature: inspect.Signature, position: int, bound: bool) -> inspect.Signature:

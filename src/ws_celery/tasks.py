@@ -31,7 +31,7 @@ from ws_celery.request import (
     split_request,
     task_request,
 )
-from ws_celery.signatures import hide_request
+from ws_celery.signatures import hide_request, positional_names
 from ws_celery.worker import Run, run_of
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def arguments_of_retry(
         return None, None
     _, new_args, new_kwargs = split_request(args, kwargs)
     old_args, old_kwargs = task.request.args or (), task.request.kwargs or {}
-    names = _positional_names(task.run)
+    names = positional_names(task.run)[1:]  # without the request
     if kwargs is None:
         replaced = names[: len(new_args)]
         kept = {name: value for name, value in old_kwargs.items() if name not in replaced}
@@ -331,12 +331,6 @@ def arguments_of_retry(
         merged = [new_kwargs.pop(name, value) for name, value in zip(names, old_args, strict=False)]
         return (*merged, *old_args[len(names) :]), new_kwargs
     return new_args, new_kwargs
-
-
-def _positional_names(run: Callable[..., Any]) -> list[str]:
-    parameters = list(inspect.signature(run).parameters.values())[1:]  # without the request
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def _picklable_end(error: Ignore | Reject) -> Exception:
